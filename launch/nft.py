@@ -1,0 +1,76 @@
+"""Train a policy: accelerate launch launch/nft.py RECIPE [key=value ...]"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# This file is called as the package it starts: the repository's root must come before this folder.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+# Prompts are tokenized in short bursts between training; threads forked there only bring warnings.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from stitchvm_reward.errors import InputError  # noqa: E402
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/nft.py",
+        description="Fine-tune Stable Diffusion 3 by reinforcement, as a recipe says.",
+        epilog="Example: accelerate launch launch/nft.py recipes/shapes/aesthetic.yaml epochs=20 out=runs/try",
+    )
+    parser.add_argument("recipe", help="a recipe file, such as recipes/shapes/aesthetic.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set, such as epochs=20")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan without loading weights, and stop")
+    parser.add_argument("--processes", type=int, help="number of processes to plan for (with --dry-run)")
+    parser.add_argument("--check", action="store_true", help="rerun the first epochs and compare with the reference")
+    parser.add_argument("--record", type=int, metavar="EPOCHS", help="write that reference from this many epochs")
+    return parser.parse_intermixed_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from nft.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        from nft.plan import print_plan
+
+        print_plan(recipe, arguments.processes or 1)
+        return 0
+    if arguments.processes is not None:
+        raise InputError("--processes only plans, with --dry-run; the launcher sets the number of processes")
+    if arguments.check or arguments.record:
+        from nft import reference
+
+        with tempfile.TemporaryDirectory() as folder:
+            return reference.run(recipe, Path(arguments.recipe), Path(folder), arguments.record)
+    train(recipe)
+    return 0
+
+
+def train(recipe) -> None:
+    from nft.preflight import check_recipe
+
+    check_recipe(recipe)
+    from nft.launcher import make_accelerator
+    from nft.trainer import Trainer
+
+    accelerator = make_accelerator()
+    trainer = Trainer(recipe, accelerator)
+    trainer.train()
+    if accelerator.is_main_process:
+        print(f"done: {recipe.out}/before_after.png, curves.png, lora.safetensors, metrics.jsonl")
+    accelerator.end_training()
+
+
+def main() -> int:
+    try:
+        return run(parse())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Put the pretrained parts into the folders that real models come in, and measure them there."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
+
+from miniature import checker, clip, scenes, vae, wording
+from miniature.generator import Generator, decode, sample
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def load_vae(folder: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
+
+
+def load_towers(folder: Path) -> clip.Towers:
+    towers = clip.Towers()
+    towers.load_state_dict(load_file(folder / "towers.safetensors"))
+    return towers.eval().requires_grad_(False)
+
+
+def load_generator(folder: Path) -> Generator:
+    generator = Generator()
+    generator.transformer = SD3Transformer2DModel.from_pretrained(folder / "transformer")
+    generator.t5 = T5EncoderModel.from_pretrained(folder / "t5")
+    return generator.eval().requires_grad_(False)
+
+
+def assemble(folder: Path, weights: Path) -> None:
+    """Write weights/sd3 (a StableDiffusion3Pipeline), weights/clip (CLIPModel) and weights/aesthetic."""
+    towers, generator = load_towers(folder), load_generator(folder)
+    text_config = CLIPTextConfig(**towers.clip.config.text_config.to_dict() | {"projection_dim": clip.PROJECTION})
+    first = CLIPTextModelWithProjection(text_config)
+    first.text_model.load_state_dict(towers.clip.text_model.state_dict())
+    first.text_projection.load_state_dict(towers.clip.text_projection.state_dict())
+    pipeline = StableDiffusion3Pipeline(
+        transformer=generator.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=load_vae(folder),
+        text_encoder=first,
+        tokenizer=wording.clip_tokenizer(),
+        text_encoder_2=towers.second,
+        tokenizer_2=wording.clip_tokenizer(pad_token="!"),
+        text_encoder_3=generator.t5,
+        tokenizer_3=wording.t5_tokenizer(),
+    )
+    pipeline.to(torch.float16).save_pretrained(weights / "sd3")
+    towers.clip.half().save_pretrained(weights / "clip")
+    wording.clip_tokenizer().save_pretrained(weights / "clip")
+    side = {"height": scenes.SIZE, "width": scenes.SIZE}
+    CLIPImageProcessor(size={"shortest_edge": scenes.SIZE}, crop_size=side).save_pretrained(weights / "clip")
+    (weights / "aesthetic").mkdir(parents=True, exist_ok=True)
+    clip.save_head(towers.head, weights / "aesthetic" / "model.safetensors")
+
+
+def grid(images: torch.Tensor, columns: int, path: Path) -> None:
+    """Save (count, 3, h, w) images in [0, 1] as one PNG, two screen pixels a pixel."""
+    rows = images.split(columns)
+    joined = torch.cat([torch.cat(list(row), dim=2) for row in rows if len(row) == columns], dim=1)
+    picture = Image.fromarray((joined * 255).round().byte().permute(1, 2, 0).numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.NEAREST).save(path)
+
+
+@torch.no_grad()
+def measure(folder: Path) -> None:
+    """Assemble the weights, then measure them as loaded: the quality table (JSON) and a grid of samples."""
+    assemble(folder, WEIGHTS)
+    towers, generator, autoencoder = load_towers(folder), load_generator(folder), load_vae(folder)
+    found = {"vae": vae.quality(autoencoder, scenes.draw_scenes(500, 911, True)), "clip": clip.quality(towers)}
+    chosen = scenes.draw_scenes(400, 912, held_out=True, shares=(0.5, 0.5, 0.0))
+    captions = [scene.caption for scene in chosen]
+    images = decode(autoencoder, sample(generator, captions, towers, steps=25, seed=913))
+    strict, graded = checker.check_captions(captions, images)
+    truth, head = scenes.true_aesthetic(images), towers.head(towers.embed_images(images))[:, 0]
+    single = torch.tensor([len(scene.radii) == 1 for scene in chosen])
+    found["generator"] = {
+        "strict": float(strict.mean()),
+        "strict_one": float(strict[single].mean()),
+        "strict_two": float(strict[~single].mean()),
+        "graded": float(graded.mean()),
+        "true_aesthetic": float(truth.mean()),
+        "spearman_head": clip.spearman(head, truth),
+    }
+    grid(images[:64], 8, WEIGHTS.parent / "samples.png")
+    (WEIGHTS.parent / "quality.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))

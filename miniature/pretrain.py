@@ -1,0 +1,49 @@
+"""Pretrain the miniature world's models, one part per call, each resumable from its own checkpoint:
+
+python -m miniature.pretrain vae        # autoencoder, then
+python -m miniature.pretrain clip       # CLIP and its aesthetic head, then
+python -m miniature.pretrain generator  # the Stable Diffusion 3 transformer and T5, then
+python -m miniature.pretrain measure    # the quality table and the sample grid
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from miniature import assemble, clip, generator, scenes, vae
+
+POOL = 40_000
+POOL_SEED = 1
+
+
+def draw_pool(count: int = POOL) -> tuple[list[scenes.Scene], torch.Tensor]:
+    """The training scenes and their pictures as uint8 (count, 3, 64, 64)."""
+    drawn = scenes.draw_scenes(count, POOL_SEED)
+    parts = [scenes.render(drawn[first : first + 1000]) for first in range(0, count, 1000)]
+    return drawn, torch.cat([(part * 255).round().to(torch.uint8) for part in parts])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["vae", "clip", "generator", "measure"])
+    parser.add_argument("--folder", type=Path, default=Path("runs/pretrain"), help="where checkpoints go")
+    parser.add_argument("--stop-at", type=int, help="stop after this step, on the same schedule")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    if arguments.part == "measure":
+        assemble.measure(folder)
+        return
+    drawn, pool = draw_pool()
+    if arguments.part == "vae":
+        vae.pretrain(folder, pool, arguments.stop_at)
+    elif arguments.part == "clip":
+        clip.pretrain(folder, drawn, pool, arguments.stop_at)
+    else:
+        generator.pretrain(
+            folder, drawn, pool, assemble.load_vae(folder), assemble.load_towers(folder), arguments.stop_at
+        )
+
+
+if __name__ == "__main__":
+    main()

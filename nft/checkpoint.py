@@ -1,0 +1,126 @@
+"""Checkpoints: a folder that is either complete and verified, or not there."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stitchvm_reward.errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save(folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
+    """Write `folder/name` from named tensor files and a JSON state, then drop all but the newest `keep`.
+
+    Everything is staged and synced beside it, the manifest of hashes written last, and the folder renamed: a
+    crash at any moment leaves the earlier checkpoints whole and no half of this one under its name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    staged = folder / f".{name}.staged"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    for stem, content in tensors.items():
+        flat = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
+        save_file(flat, staged / f"{stem}.safetensors")
+    (staged / "state.json").write_text(json.dumps(state, indent=2))
+    files = sorted(path for path in staged.iterdir())
+    for path in files:
+        _sync(path)
+    manifest = {path.name: _digest(path) for path in files}
+    (staged / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    _sync(staged / MANIFEST)
+    _sync(staged)
+    final = folder / name
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(staged, final)
+    _sync(folder)
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints that were finished, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"epoch-*/{MANIFEST}"))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: every file of its manifest is there with its hash."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"its manifest cannot be read ({type(error).__name__})"
+    for name, expected in manifest.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if _digest(path / name) != expected:
+            return f"{name} is altered or cut short"
+    return None
+
+
+def choose(folder: Path, resume: str, warn) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start.
+
+    `resume` is `never`, `auto` (the newest undamaged one; each damaged one is named through `warn`), or a name.
+    Raises InputError when a named one is missing or damaged, or when every one there is damaged.
+    """
+    if resume == "never":
+        return None
+    found = complete(folder)
+    if resume != "auto":
+        path = folder / resume
+        if path not in found:
+            names = ", ".join(other.name for other in found) or "none"
+            raise InputError(f"checkpoint {resume} is not in {folder} (there: {names})")
+        if (reason := damage(path)) is not None:
+            raise InputError(f"checkpoint {path} is damaged: {reason}; choose another or use checkpoint.resume=auto")
+        return path
+    for path in reversed(found):
+        reason = damage(path)
+        if reason is None:
+            return path
+        warn(f"checkpoint {path} is damaged: {reason}; trying the one before it")
+    if found:
+        raise InputError(f"every checkpoint in {folder} is damaged; start anew with checkpoint.resume=never")
+    return None
+
+
+def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensor files and the state of a checkpoint."""
+    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+    return tensors, json.loads((path / "state.json").read_text())
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's per-parameter state, flat: INDEX.NAME."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": tensor for index, values in state.items() for name, tensor in values.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,325 @@
+"""A recipe: every setting of a run as a typed dataclass, read from YAML with `base:` and key=value overrides."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nft.objective import SPACES
+from stitchvm_reward.diffusion.solvers import SOLVERS
+from stitchvm_reward.errors import InputError, nearest
+from stitchvm_reward.rewards import KINDS
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def require(holds: bool, rule: str, given: Any) -> None:
+    """Raise InputError with the rule and what was given, unless it holds."""
+    if not holds:
+        raise InputError(f"{rule}, got {given!r}")
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    require(value in allowed, f"{name} must be one of {', '.join(allowed)}", value)
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    require(value >= least, f"{name} must be at least {least}", value)
+
+
+@dataclass
+class ModelRecipe:
+    path: str = MISSING
+    """Folder or hub id of a Stable Diffusion 3 pipeline."""
+    dtype: str = "bfloat16"
+    """Number format of the frozen transformer and the text encoders; adapters and losses are float32."""
+    resolution: int = 512
+    """Side of the images, in pixels."""
+    t5_length: int = 256
+    """Tokens of T5 text, in training and evaluation alike."""
+
+    def __post_init__(self):
+        one_of("model.dtype", self.dtype, DTYPES)
+        require(self.resolution > 0 and self.resolution % 16 == 0, "model.resolution must be a multiple of 16", self.resolution)
+        at_least("model.t5_length", self.t5_length, 1)
+
+
+@dataclass
+class PromptsRecipe:
+    train: str = MISSING
+    """Training prompts: a .txt, .json, .jsonl, .csv or .parquet file, or a hub data set's name."""
+    held_out: str = MISSING
+    """Evaluation prompts, likewise."""
+    column: str = "text"
+    """Column that holds the prompt, where the file has columns."""
+    split: str = "train"
+    """Split of a hub data set that `train` is read from."""
+    held_out_split: str = "test"
+    """Split of a hub data set that `held_out` is read from."""
+    cache: str = "~/.cache/stitch-nft/prompts"
+    """Folder that keeps prompt embeddings between runs."""
+
+    def __post_init__(self):
+        require(bool(self.column), "prompts.column must name a column", self.column)
+
+
+@dataclass
+class RewardRecipe:
+    kind: str = "aesthetic"
+    """aesthetic, clip or function."""
+    weight: float = 1.0
+    """Factor in the weighted sum."""
+    model: str = ""
+    """Folder or hub id of the CLIP model (aesthetic, clip)."""
+    head: str = ""
+    """File, folder or hub id of the aesthetic head (aesthetic)."""
+    function: str = ""
+    """package.module:function taking (images, prompts) (function)."""
+
+    def __post_init__(self):
+        one_of("rewards.kind", self.kind, KINDS)
+        if self.kind == "function":
+            require(":" in self.function, "a function reward needs function: package.module:function", self.function)
+        else:
+            require(bool(self.model), f"a reward of kind {self.kind} needs model: a CLIP folder or hub id", self.model)
+        if self.kind == "aesthetic":
+            require(bool(self.head), "a reward of kind aesthetic needs head: a file, folder or hub id", self.head)
+
+    @property
+    def name(self) -> str:
+        """What the reward is called in logs."""
+        return self.function.rpartition(":")[2] if self.kind == "function" else self.kind
+
+
+@dataclass
+class RolloutRecipe:
+    groups: int = 48
+    """Prompts per epoch."""
+    group_size: int = 24
+    """Images per prompt."""
+    micro_batch: int = 8
+    """Samples a device works on at once, in rollout and in training."""
+    steps: int = 10
+    """Solver steps of a full rollout."""
+    solver: str = "euler"
+    """euler (neutral: what evaluation uses) or dpm2 (second order; overshoots the data's spread at 10 steps)."""
+
+    def __post_init__(self):
+        at_least("rollout.groups", self.groups, 1)
+        require(
+            self.group_size >= 2, "rollout.group_size must be at least 2: a lone sample has no advantage", self.group_size
+        )
+        at_least("rollout.micro_batch", self.micro_batch, 1)
+        at_least("rollout.steps", self.steps, 2)
+        one_of("rollout.solver", self.solver, SOLVERS)
+
+
+@dataclass
+class LoraRecipe:
+    rank: int = 32
+    """Rank of the adapters."""
+    alpha: int = 64
+    """Scale numerator: the update is alpha / rank * B A."""
+    targets: list[str] = field(default_factory=lambda: [f"attn.{name}" for name in ATTENTION])
+    """Layers to adapt, by the end of their names."""
+
+    def __post_init__(self):
+        at_least("lora.rank", self.rank, 1)
+        at_least("lora.alpha", self.alpha, 1)
+        require(bool(self.targets), "lora.targets must name at least one layer", self.targets)
+
+
+@dataclass
+class TrainRecipe:
+    updates_per_epoch: int = 1
+    """Optimizer steps per epoch; each uses an equal share of the epoch's samples."""
+    levels: str = "grid"
+    """Noise levels to train on: grid (the solver's own) or continuous (uniform)."""
+    levels_per_sample: int = 1
+    """Noise levels per sample and epoch, without repetition on the grid: most of a run's cost."""
+    space: str = "anchor"
+    """Loss on anchors with self-normalised weights (anchor) or on velocities (velocity)."""
+    beta: float = 1.0
+    """Strength of the implicit policies v+ and v-."""
+    beta_kl: float = 1.0e-4
+    """Weight of the squared distance to the reference; 0 skips the reference forward."""
+    per_group_std: bool = False
+    """Divide advantages by the group's own standard deviation instead of the epoch's."""
+    old_schedule: int = 1
+    """How the old policy follows: 0 at once, 1 slowly at most half, 2 late and long (DiffusionNFT)."""
+    learning_rate: float = 3.0e-4
+    """AdamW's peak rate."""
+    warmup: int = 0
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 1.0e-4
+    """AdamW's decoupled decay."""
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    ema_decay: float = 0.9
+    """Ceiling of the evaluation average's decay."""
+
+    def __post_init__(self):
+        at_least("train.updates_per_epoch", self.updates_per_epoch, 1)
+        one_of("train.levels", self.levels, ("grid", "continuous"))
+        at_least("train.levels_per_sample", self.levels_per_sample, 1)
+        one_of("train.space", self.space, SPACES)
+        require(0 < self.beta <= 1, "train.beta must be in (0, 1]", self.beta)
+        at_least("train.beta_kl", self.beta_kl, 0)
+        require(self.old_schedule in (0, 1, 2), "train.old_schedule must be 0, 1 or 2", self.old_schedule)
+        require(self.learning_rate > 0, "train.learning_rate must be positive", self.learning_rate)
+        at_least("train.warmup", self.warmup, 0)
+        at_least("train.weight_decay", self.weight_decay, 0)
+        require(self.max_gradient_norm > 0, "train.max_gradient_norm must be positive", self.max_gradient_norm)
+        require(0 <= self.ema_decay < 1, "train.ema_decay must be in [0, 1)", self.ema_decay)
+
+
+@dataclass
+class EvaluationRecipe:
+    every: int = 10
+    """Epochs between evaluations; the untrained and the final policy are always evaluated, 0 means only those."""
+    samples: int = 128
+    """Held-out prompts used, one image each, always from the same noise."""
+    steps: int = 40
+    """Euler steps."""
+    grid: int = 16
+    """Images in the before/after grid."""
+    metrics: list[str] = field(default_factory=list)
+    """More measures, never trained on, each a package.module:function taking (images, prompts)."""
+
+    def __post_init__(self):
+        at_least("evaluation.every", self.every, 0)
+        at_least("evaluation.samples", self.samples, 2)
+        at_least("evaluation.steps", self.steps, 1)
+        require(1 <= self.grid <= self.samples, "evaluation.grid must be from 1 to evaluation.samples", self.grid)
+        for name in self.metrics:
+            require(":" in name, "evaluation.metrics are written package.module:function", name)
+
+
+@dataclass
+class CheckpointRecipe:
+    every: int = 10
+    """Epochs between checkpoints; the last epoch is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    resume: str = "auto"
+    """auto (newest complete one, or a fresh start), never, or the name of a checkpoint in the run folder."""
+
+    def __post_init__(self):
+        at_least("checkpoint.every", self.every, 1)
+        at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclass
+class Recipe:
+    """One run. A recipe file sets any of these; `base:` names a parent file, relative to it, that is read first."""
+
+    out: str = MISSING
+    """Run folder."""
+    seed: int = 0
+    """Addresses all randomness, together with epoch and sample index."""
+    epochs: int = 100
+    """Rounds of rollout and update."""
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    prompts: PromptsRecipe = field(default_factory=PromptsRecipe)
+    rewards: list[RewardRecipe] = field(default_factory=list)
+    rollout: RolloutRecipe = field(default_factory=RolloutRecipe)
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+
+    def __post_init__(self):
+        at_least("seed", self.seed, 0)
+        at_least("epochs", self.epochs, 1)
+        require(bool(self.rewards), "rewards must list at least one reward", self.rewards)
+        names = [reward.name for reward in self.rewards]
+        require(len(set(names)) == len(names), "every reward needs a name of its own", names)
+        most = self.rollout.steps if self.train.levels == "grid" else None
+        require(
+            most is None or self.train.levels_per_sample <= most,
+            f"train.levels_per_sample must be at most rollout.steps ({most}) on the grid",
+            self.train.levels_per_sample,
+        )
+        batches = -(-self.rollout.groups * self.rollout.group_size // self.rollout.micro_batch)
+        require(
+            self.train.updates_per_epoch <= batches,
+            f"train.updates_per_epoch must be at most the epoch's micro batches ({batches})",
+            self.train.updates_per_epoch,
+        )
+
+
+def _known_keys(kind: type, given: Any, where: str) -> None:
+    """Refuse keys that the dataclass does not have, naming the nearest that it has."""
+    if not isinstance(given, dict):
+        return
+    hints = typing.get_type_hints(kind)
+    for key, value in given.items():
+        if key not in hints:
+            raise InputError(f"unknown recipe key {where}{key}: {nearest(str(key), list(hints))}")
+        inner = hints[key]
+        if dataclasses.is_dataclass(inner):
+            if not isinstance(value, dict):
+                raise InputError(f"{where}{key} must be a section with keys, got {value!r}")
+            _known_keys(inner, value, f"{where}{key}.")
+        elif typing.get_origin(inner) is list:
+            if not isinstance(value, list):
+                raise InputError(f"{where}{key} must be a list, got {value!r}")
+            element = typing.get_args(inner)[0]
+            for index, item in enumerate(value):
+                if dataclasses.is_dataclass(element):
+                    _known_keys(element, item, f"{where}{key}[{index}].")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe file merged over its `base:` files."""
+    if not path.is_file():
+        raise InputError(f"recipe not found: {path}")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold recipe keys, got {content!r}")
+    base = content.pop("base", None)
+    _known_keys(Recipe, content, "")
+    if base is None:
+        return content
+    parent = OmegaConf.create(_read_yaml(path.parent / base))
+    return typing.cast(dict, OmegaConf.to_container(OmegaConf.merge(parent, OmegaConf.create(content))))
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides; every check has run on what is returned.
+
+    Raises InputError for unknown keys (with the nearest known one), wrong types and values out of range.
+    """
+    content = _read_yaml(Path(path))
+    for override in overrides or []:
+        if "=" not in override:
+            raise InputError(f"an override is written key=value, got {override!r}")
+    try:
+        given = OmegaConf.from_dotlist(list(overrides or []))
+        _known_keys(Recipe, OmegaConf.to_container(given), "")
+        merged = OmegaConf.merge(OmegaConf.create(content), given)
+        whole = OmegaConf.merge(OmegaConf.structured(Recipe), merged)
+        missing = sorted(OmegaConf.missing_keys(whole))
+        if missing:
+            raise InputError(f"the recipe must also set {', '.join(missing)}")
+        return typing.cast(Recipe, OmegaConf.to_object(whole))
+    except (OmegaConfBaseException, YAMLError) as error:
+        first = str(error).splitlines()[0]
+        key = getattr(error, "full_key", None)
+        raise InputError(f"recipe key {key}: {first}" if key else f"recipe: {first}") from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))

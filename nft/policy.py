@@ -1,0 +1,127 @@
+"""The policy: low-rank adapters on one frozen network.
+
+`current` is trained, `old` collects rollouts, `ema` is evaluated; with no adapter the network is the reference.
+Three named adapters instead of swapped weights: an autocast cache, a sharded optimizer or an exception in
+between can then never see the wrong ones.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from nft import randomness
+from stitchvm_reward.errors import InputError
+
+ADAPTERS = ("current", "old", "ema")
+
+
+def old_decay(schedule: int, step: int) -> float:
+    """Share of itself that the old policy keeps after an epoch (DiffusionNFT, section 3.4 and its code)."""
+    if schedule == 0:
+        return 0.0
+    if schedule == 1:
+        return min(0.001 * step, 0.5)
+    return 0.0 if step < 75 else min(0.0075 * (step - 75), 0.999)
+
+
+def ema_decay(step: int, ceiling: float) -> float:
+    """Decay of the evaluation average after optimizer step `step`, counted from 1."""
+    return min((1 + step) / (10 + step), ceiling)
+
+
+class Policy:
+    """Adapters on `network`, in float32, whatever the network's own format.
+
+    `old_is_current` tells whether the two hold the same numbers, so that one forward can serve for both.
+    """
+
+    def __init__(self, network: nn.Module, rank: int, alpha: int, targets: list[str], seed: int):
+        self.network, self.rank, self.alpha = network, rank, alpha
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(randomness.at(seed, randomness.ADAPTERS).initial_seed())
+            for name in ADAPTERS:
+                config = LoraConfig(
+                    r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)
+                )
+                try:
+                    network.add_adapter(config, adapter_name=name)
+                except ValueError as error:
+                    raise InputError(f"lora.targets {targets}: {str(error).splitlines()[0]}") from None
+        self.layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+        for name in ADAPTERS:
+            for parameter in self.tensors(name).values():
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(name == "current")
+        self.copy("current", "old")
+        self.copy("current", "ema")
+        self.old_is_current = True
+        self._activate("current")
+
+    def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The adapter's matrices by layer name, in a fixed order: LAYER.lora_A and LAYER.lora_B."""
+        found = {}
+        for name, layer in self.layers.items():
+            found[f"{name}.lora_A"] = layer.lora_A[adapter].weight
+            found[f"{name}.lora_B"] = layer.lora_B[adapter].weight
+        return found
+
+    def scaling(self) -> dict[str, float]:
+        """What each layer multiplies B A with."""
+        return {name: layer.scaling["current"] for name, layer in self.layers.items()}
+
+    def _activate(self, adapter: str | None) -> None:
+        # Setting the layers' own state leaves requires_grad alone, which set_adapter does not.
+        for layer in self.layers.values():
+            layer._disable_adapters = adapter is None
+            layer._active_adapter = [adapter or "current"]
+
+    @contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """Run the network with one adapter, or with none (the reference)."""
+        self._activate(adapter)
+        try:
+            yield
+        finally:
+            self._activate("current")
+
+    @torch.no_grad()
+    def blend(self, target: str, decay: float) -> None:
+        """target <- decay target + (1 - decay) current."""
+        ours, current = list(self.tensors(target).values()), list(self.tensors("current").values())
+        torch._foreach_lerp_(ours, current, 1 - decay)
+
+    @torch.no_grad()
+    def copy(self, source: str, target: str) -> None:
+        """target <- source, bit for bit."""
+        torch._foreach_copy_(list(self.tensors(target).values()), list(self.tensors(source).values()))
+
+    def after_update(self, step: int, ceiling: float) -> None:
+        """Note that `current` moved in optimizer step `step`, counted from 1, and let the average follow."""
+        self.old_is_current = False
+        self.blend("ema", ema_decay(step, ceiling))
+
+    def after_epoch(self, schedule: int, step: int) -> None:
+        """Let the old policy follow: old <- d old + (1 - d) current (DiffusionNFT, section 3.4)."""
+        decay = old_decay(schedule, step)
+        if decay == 0:
+            self.copy("current", "old")
+        else:
+            self.blend("old", decay)
+        self.old_is_current = decay == 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All adapters' matrices under ADAPTER/LAYER.lora_X."""
+        return {f"{name}/{key}": t.detach() for name in ADAPTERS for key, t in self.tensors(name).items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put all adapters' matrices back. Raises InputError when names or shapes differ."""
+        own = self.state_dict()
+        if own.keys() != state.keys() or any(own[key].shape != state[key].shape for key in own):
+            raise InputError("the checkpoint's adapters are of another rank, other layers or another model")
+        for key, tensor in own.items():
+            tensor.copy_(state[key])

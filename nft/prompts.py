@@ -1,0 +1,65 @@
+"""Prompts: reading them through `datasets`, and which of them an epoch uses."""
+
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.utils.logging import disable_progress_bar
+
+from nft import randomness
+from stitchvm_reward.errors import InputError, nearest
+
+READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def read_prompts(source: str, column: str, split: str) -> list[str]:
+    """The prompts of a file (by its ending) or of a hub data set, in order, blank ones left out.
+
+    Raises InputError for a missing, empty, unreadable or non-UTF-8 file, or a missing column.
+    """
+    path = Path(source).expanduser()
+    reader = READERS.get(path.suffix)
+    if reader is None and (path.exists() or source.count("/") != 1):
+        raise InputError(f"prompts must be a {', '.join(READERS)} file or a hub data set owner/name, got {source}")
+    if reader is not None and not path.is_file():
+        raise InputError(f"prompt file not found: {path}")
+    if reader in ("text", "json", "csv"):
+        _check_text(path)
+    disable_progress_bar()
+    try:
+        if reader is None:
+            table = load_dataset(source, split=split)
+        else:
+            table = load_dataset(reader, data_files=str(path), split="train")
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise InputError(f"data set {source} cannot be had: {str(error).splitlines()[0]}") from None
+    except (DatasetGenerationError, ValueError) as error:
+        raise InputError(f"{source} cannot be read as {reader or 'a data set'}: {str(error).splitlines()[0]}") from None
+    column = "text" if reader == "text" else column
+    if column not in table.column_names:
+        raise InputError(f"{source} has no column {column!r} (prompts.column): {nearest(column, table.column_names)}")
+    prompts = [prompt for prompt in table[column] if isinstance(prompt, str) and prompt.strip()]
+    if not prompts:
+        raise InputError(f"{source} holds no prompts")
+    return prompts
+
+
+def _check_text(path: Path) -> None:
+    content = path.read_bytes()
+    if not content.strip():
+        raise InputError(f"{path} holds no prompts")
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def epoch_prompts(available: int, groups: int, seed: int, epoch: int) -> list[int]:
+    """Prompt indices of an epoch's groups: an endless shuffle, every prompt once per pass."""
+    chosen = []
+    for position in range(epoch * groups, (epoch + 1) * groups):
+        passed, place = divmod(position, available)
+        order = torch.randperm(available, generator=randomness.at(seed, randomness.PROMPTS, passed))
+        chosen.append(int(order[place]))
+    return chosen

@@ -1,0 +1,57 @@
+"""The run folder: made, checked for another run, and never overwritten."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nft.config import Recipe, dump
+from stitchvm_reward.errors import InputError
+
+# What may change between a run and its continuation without changing what the run computes.
+FREE = ("out", "epochs", "checkpoint.", "evaluation.", "prompts.cache")
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(content, dict):
+        return {k: v for key, value in content.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): content}
+
+
+def _difference(saved: str, recipe: Recipe) -> str | None:
+    """The first key in which a saved recipe differs from this one, told with both values."""
+    theirs, ours = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (saved, dump(recipe)))
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key) and not key.startswith(FREE):
+            return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+    return None
+
+
+def check_run_folder(recipe: Recipe) -> Path:
+    """Raise InputError unless the run can be written to `recipe.out`, fresh or as a continuation."""
+    folder = Path(recipe.out).expanduser()
+    saved = folder / "recipe.yaml"
+    if saved.is_file():
+        if recipe.checkpoint.resume == "never":
+            raise InputError(f"{folder} already holds a run; give another out=FOLDER, or checkpoint.resume=auto")
+        if (difference := _difference(saved.read_text(), recipe)) is not None:
+            raise InputError(f"{folder} holds a run of a different recipe: {difference}; give another out=FOLDER")
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write the run folder {folder}: {error.strerror or error}") from None
+    return folder
+
+
+def prepare_run_folder(recipe: Recipe) -> Path:
+    """Make the run folder and write the resolved recipe into it."""
+    folder = check_run_folder(recipe)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(dump(recipe))
+    except OSError as error:
+        raise InputError(f"cannot write the run folder {folder}: {error.strerror or error}") from None
+    return folder

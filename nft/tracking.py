@@ -1,0 +1,111 @@
+"""What a run leaves behind to look at: metrics.jsonl, TensorBoard events, picture grids, curves."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Timings:
+    """Seconds spent per phase since the last `take`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        taken, self.seconds = self.seconds, {}
+        return {f"seconds/{name}": value for name, value in taken.items()}
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+    path = folder / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Tracker:
+    """Writes one row of metrics per epoch, on the main process. Rows from `epoch` on are dropped when resuming."""
+
+    def __init__(self, folder: Path, epoch: int):
+        self.folder = folder
+        kept = [row for row in read_metrics(folder) if row["epoch"] <= epoch] if epoch > 0 else []
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1 if epoch else None)
+
+    def log(self, epoch: int, step: int, metrics: dict[str, float], optimality: Tensor | None = None) -> None:
+        """Add the row of an epoch."""
+        row = {"epoch": epoch, "step": step} | metrics
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, epoch)
+        if optimality is not None:
+            self.writer.add_histogram("optimality", optimality, epoch)
+        self.writer.flush()
+
+    def images(self, epoch: int, images: Tensor) -> None:
+        """Show (count, 3, h, w) images in [0, 1], always of the same noise, side by side over epochs."""
+        self.writer.add_images("held_out", images, epoch)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path) -> None:
+    """Save pairs of images (count, 3, h, w) in [0, 1] with their prompts, base left and tuned right, as PNG."""
+    side = max(96, before.shape[-1] // (1 if before.shape[-1] < 256 else 2))
+    columns, margin, caption = min(4, len(before)), 6, 26
+    width, height = 2 * side + margin, side + caption
+    rows = -(-len(before) // columns)
+    sheet = Image.new("RGB", (columns * (width + 2 * margin), rows * (height + margin) + caption), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((margin, margin), "left: before    right: after", fill="black")
+    for index, prompt in enumerate(prompts):
+        left = (index % columns) * (width + 2 * margin) + margin
+        top = (index // columns) * (height + margin) + caption
+        for place, images in ((left, before), (left + side + margin, after)):
+            pixels = (images[index].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+            sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (place, top))
+        shown = prompt if len(prompt) * 6 <= width else prompt[: width // 6 - 1] + "…"
+        draw.text((left, top + side + 4), shown, fill="black")
+    sheet.save(path)
+
+
+def curves(folder: Path) -> None:
+    """Draw every held-out measure, the training reward and old_deviation over epochs as curves.png."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(folder)
+    names = [name for row in rows for name in row if name.startswith(("held_out/", "reward/total", "train/old_dev"))]
+    names = [name for name in dict.fromkeys(names) if not name.endswith(("_std", "/total_std"))]
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")
+    for index, name in enumerate(names):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        known = [row for row in rows if name in row]
+        axes.plot([row["epoch"] for row in known], [row[name] for row in known], marker="." if len(known) < 40 else "")
+        axes.set_title(name)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=110)

@@ -1,0 +1,370 @@
+"""The online loop: roll out, score, update, and look."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from nft import checkpoint, randomness
+from nft.advantage import advantages, collapsed_groups, optimality
+from nft.config import Recipe
+from nft.export import save_lora
+from nft.geometry import Geometry, share
+from nft.objective import nft_loss
+from nft.policy import Policy
+from nft.prompts import epoch_prompts, read_prompts
+from nft.rollout import Rollout, roll_out, sample, training_levels
+from nft.run_folder import prepare_run_folder
+from nft.scoring import Scorer
+from nft.tracking import Timings, Tracker, before_after, curves
+from stitchvm_reward.diffusion.generator import Generator, PromptEmbeddings
+from stitchvm_reward.diffusion.path import bridge, per_sample
+from stitchvm_reward.diffusion.solvers import sigma_schedule
+from stitchvm_reward.errors import InputError
+
+
+def check_prompts(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """The training and the held-out prompts. Raises InputError when there are too few to evaluate on."""
+    train = read_prompts(recipe.prompts.train, recipe.prompts.column, recipe.prompts.split)
+    held_out = read_prompts(recipe.prompts.held_out, recipe.prompts.column, recipe.prompts.held_out_split)
+    if len(held_out) < recipe.evaluation.samples:
+        raise InputError(
+            f"evaluation.samples is {recipe.evaluation.samples} but {recipe.prompts.held_out} holds "
+            f"{len(held_out)} prompts; lower the one or extend the other"
+        )
+    return train, held_out[: recipe.evaluation.samples]
+
+
+class Trainer:
+    """One run of a recipe on the processes of `accelerator`; `train` runs it to its last epoch."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator):
+        self.recipe, self.accelerator = recipe, accelerator
+        self.main, self.timings = accelerator.is_main_process, Timings()
+        rollout, train = recipe.rollout, recipe.train
+        self.geometry = Geometry(
+            rollout.groups,
+            rollout.group_size,
+            rollout.micro_batch,
+            accelerator.num_processes,
+            train.updates_per_epoch,
+        )
+        self.prompts, self.held_out = check_prompts(recipe)
+        self.scorer = Scorer(recipe, accelerator.device)
+        self.folder = self._folder()
+        dtype = getattr(torch, recipe.model.dtype)
+        with self.timings.phase("encode"):
+            self.embeddings = self._encode(dtype)
+        self.generator = Generator.load(recipe.model.path, dtype, accelerator.device, recipe.model.resolution)
+        self.sigmas = sigma_schedule(rollout.steps, self.generator.shift)
+        self.policy = Policy(
+            self.generator.transformer, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.seed
+        )
+        self.parameters = list(self.policy.tensors("current").values())
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
+        )
+        self.network, self.optimizer = accelerator.prepare(self.generator.transformer, optimizer)
+        # The scheduler counts optimizer steps, so it is not prepared: accelerate would step it once a process.
+        self.scheduler = get_scheduler(
+            "constant_with_warmup", self.optimizer.optimizer, num_warmup_steps=train.warmup
+        )
+        self.epoch, self.step = 0, 0
+        self._resume()
+        self.tracker = Tracker(self.folder, self.epoch) if self.main else None
+
+    def _folder(self) -> Path:
+        if self.main:
+            prepare_run_folder(self.recipe)
+        self.accelerator.wait_for_everyone()
+        return Path(self.recipe.out).expanduser()
+
+    def _encode(self, dtype: torch.dtype) -> PromptEmbeddings:
+        """Make sure every prompt's embedding is on disk; each process encodes its share."""
+        model, prompts = self.recipe.model, self.recipe.prompts
+        device = self.accelerator.device
+        embeddings = PromptEmbeddings(model.path, prompts.cache, model.t5_length, dtype, device)
+        texts = list(dict.fromkeys([*self.prompts, *self.held_out]))
+        own = share(len(texts), self.accelerator.process_index, self.accelerator.num_processes)
+        embeddings.ensure(texts[own.start : own.stop], progress=lambda items: self._bar(items, "encode prompts"))
+        self.accelerator.wait_for_everyone()
+        return embeddings
+
+    def _bar(self, items, phase: str) -> tqdm:
+        return tqdm(items, desc=phase, leave=False, disable=not self.main, dynamic_ncols=True)
+
+    def train(self) -> None:
+        """Run the remaining epochs; every figure of an epoch is one row of metrics.jsonl."""
+        every, last = self.recipe.evaluation.every, self.recipe.epochs
+        if self.epoch == 0:
+            self._log(self.evaluate(0))
+        while self.epoch < last:
+            rollouts = self.collect(self.epoch)
+            metrics = self.judge(rollouts)
+            metrics |= self.update(self.epoch, rollouts)
+            self.policy.after_epoch(self.recipe.train.old_schedule, self.step)
+            self.epoch += 1
+            if self.epoch == last or (every and self.epoch % every == 0):
+                metrics |= self.evaluate(self.epoch)
+            optimality_now = torch.cat([r.optimality.cpu() for r in rollouts]) if rollouts else None
+            if self.epoch == last or self.epoch % self.recipe.checkpoint.every == 0:
+                self._save()
+            self._log(metrics, optimality_now)
+        self._finish()
+
+    def collect(self, epoch: int) -> list[Rollout]:
+        """This process's rollouts of an epoch by the old policy, decoded and scored."""
+        chosen = epoch_prompts(len(self.prompts), self.geometry.groups, self.recipe.seed, epoch)
+        rollouts, total, count = [], 0.0, 0
+        bar = self._bar(self.geometry.own(self.accelerator.process_index), f"epoch {epoch + 1} rollout")
+        for batch in bar:
+            samples = self.geometry.members(batch)
+            prompts = [chosen[n // self.geometry.group_size] for n in samples]
+            texts = [self.prompts[p] for p in prompts]
+            with self.timings.phase("rollout"), self.policy.using("old"):
+                rollout = roll_out(
+                    self.generator,
+                    self.network,
+                    self.embeddings.conditions(texts),
+                    samples,
+                    prompts,
+                    self.recipe.seed,
+                    epoch,
+                    self.recipe.rollout.steps,
+                    self.recipe.rollout.solver,
+                )
+            with self.timings.phase("decode"):
+                images = self.generator.decode(rollout.anchor)
+            with self.timings.phase("score"):
+                rollout.rewards = self.scorer.score(images, texts)
+            total, count = total + float(rollout.rewards["total"].sum()), count + len(samples)
+            bar.set_postfix(reward=f"{total / count:.3f}")
+            rollouts.append(rollout)
+        return rollouts
+
+    def _gather(self, parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:
+        """Values of all processes' items in one (count, ...) tensor, from (indices, values) parts."""
+        like = parts[0][1] if parts else torch.zeros(1)
+        whole = torch.zeros(count, *like.shape[1:], device=self.accelerator.device, dtype=torch.float64)
+        for indices, values in parts:
+            whole[indices] = values.to(whole)
+        return self.accelerator.reduce(whole, "sum")
+
+    def judge(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """Turn rewards of all processes into this process's optimality r; returns the epoch's statistics."""
+        count, metrics = self.geometry.samples, {}
+        rewards = {
+            name: self._gather([(r.samples, r.rewards[name]) for r in rollouts], count).float()
+            for name in [*self.scorer.rewards, "total"]
+        }
+        for name, values in rewards.items():
+            metrics[f"reward/{name}"] = float(values.mean())
+            metrics[f"reward/{name}_std"] = float(values.std(correction=0))
+            if metrics[f"reward/{name}_std"] == 0 and self.main:
+                tqdm.write(f"warning: reward {name} is the same for all {count} samples of this epoch: it teaches nothing")
+        groups = self._gather([(r.samples, torch.tensor(r.prompts)) for r in rollouts], count)
+        tau = self._gather([(r.samples, r.tau) for r in rollouts], count)
+        r = optimality(advantages(rewards["total"], groups, tau, self.recipe.train.per_group_std))
+        for rollout in rollouts:
+            rollout.optimality = r[rollout.samples]
+        metrics["train/collapsed_groups"] = collapsed_groups(rewards["total"], groups)
+        metrics["train/optimality_std"] = float(r.std(correction=0))
+        return metrics
+
+    def update(self, epoch: int, rollouts: list[Rollout]) -> dict[str, float]:
+        """The epoch's optimizer steps; returns their mean loss terms and gradient norm."""
+        by_batch = dict(zip(self.geometry.own(self.accelerator.process_index), rollouts, strict=True))
+        sums = torch.zeros(5, device=self.accelerator.device)
+        with self.timings.phase("train"):
+            for update in self._bar(range(self.geometry.updates), f"epoch {epoch + 1} train"):
+                own = self.geometry.own_in(self.accelerator.process_index, update)
+                batches = [by_batch[batch] for batch in own]
+                sums += self._optimizer_step(epoch, update, batches)
+        policy, kl, deviation, norm, _ = (sums / self.geometry.updates).tolist()
+        return {
+            "train/policy_loss": policy,
+            "train/kl": kl,
+            "train/old_deviation": deviation,
+            "train/gradient_norm": norm,
+            "train/learning_rate": self.scheduler.get_last_lr()[0],
+        }
+
+    def _optimizer_step(self, epoch: int, update: int, batches: list[Rollout]) -> Tensor:
+        """One step over all processes: mean over its samples and levels, gradients reduced once."""
+        levels, rounds = self.recipe.train.levels_per_sample, self.geometry.rounds(update)
+        terms = self.geometry.samples_in(update) * levels
+        sums = torch.zeros(5, device=self.accelerator.device)
+        for index in range(rounds):
+            rollout = batches[index] if index < len(batches) else self._empty()
+            chosen = self._levels(epoch, rollout)
+            for level in range(levels):
+                last = index == rounds - 1 and level == levels - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.network):
+                    loss, parts = self._loss(epoch, rollout, chosen[:, level], level)
+                    # Gradients are averaged over processes; the sum over all samples is wanted.
+                    self.accelerator.backward(loss * self.accelerator.num_processes / terms)
+                sums[:3] += parts
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_gradient_norm)
+        if not torch.isfinite(norm):
+            raise InputError(
+                f"the gradient is not finite in epoch {epoch + 1}, update {update + 1}: nothing was applied; "
+                "lower train.learning_rate or use model.dtype=float32, and resume"
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.policy.after_update(self.step, self.recipe.train.ema_decay)
+        reduced = self.accelerator.reduce(sums, "sum") / terms
+        reduced[3] = norm
+        return reduced
+
+    def _levels(self, epoch: int, rollout: Rollout) -> Tensor:
+        train = self.recipe.train
+        tau = rollout.tau.tolist()
+        chosen = training_levels(
+            rollout.samples, tau, self.sigmas, train.levels_per_sample, train.levels, self.recipe.seed, epoch
+        )
+        return chosen.to(rollout.anchor.device)
+
+    def _empty(self) -> Rollout:
+        """A stand-in of weight zero, so that every process runs the network equally often."""
+        device = self.accelerator.device
+        conditions = self.embeddings.conditions([self.prompts[0]])
+        anchor = torch.zeros(1, *self.generator.latent_shape, device=device)
+        zero = torch.zeros(1, device=device)
+        return Rollout([-1], [0], conditions, anchor, zero, optimality=zero)
+
+    def _loss(self, epoch: int, rollout: Rollout, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """Summed loss of one micro batch at one level a sample, and the sums of its terms without gradient."""
+        train, anchor, conditions = self.recipe.train, rollout.anchor, rollout.conditions
+        weight = float(rollout.samples[0] >= 0)
+        address = [max(n, 0) for n in rollout.samples]
+        shape = self.generator.latent_shape
+        noise = randomness.noise(shape, self.recipe.seed, randomness.TRAINING, epoch, address, level).to(anchor.device)
+        kept, added = bridge(per_sample(t, anchor), per_sample(rollout.tau, anchor))
+        noisy = kept * anchor + added * noise
+        velocity = self.generator.velocity(noisy, t, conditions, self.network)
+        old = self._frozen_velocity("old", noisy, t, conditions) if not self.policy.old_is_current else velocity.detach()
+        reference = self._frozen_velocity(None, noisy, t, conditions) if train.beta_kl > 0 else None
+        assert rollout.optimality is not None
+        terms = nft_loss(
+            velocity,
+            old,
+            reference,
+            anchor,
+            noise,
+            noisy,
+            t,
+            rollout.tau,
+            rollout.optimality,
+            train.beta,
+            train.space,
+        )
+        loss = (terms.policy + train.beta_kl * terms.kl).sum() * weight
+        parts = torch.stack([terms.policy.detach().sum(), terms.kl.detach().sum(), terms.deviation.sum()]) * weight
+        return loss, parts
+
+    @torch.no_grad()
+    def _frozen_velocity(self, adapter: str | None, noisy: Tensor, t: Tensor, conditions) -> Tensor:
+        with self.policy.using(adapter):
+            return self.generator.velocity(noisy, t, conditions, self.network)
+
+    @torch.no_grad()
+    def images(self, adapter: str | None, indices: list[int]) -> Tensor:
+        """Held-out images of one adapter, always from the same noise."""
+        conditions = self.embeddings.conditions([self.held_out[n] for n in indices])
+        noise = randomness.noise(
+            self.generator.latent_shape, self.recipe.seed, randomness.EVALUATION, 0, indices
+        )
+        sigmas = sigma_schedule(self.recipe.evaluation.steps, self.generator.shift)
+        with self.policy.using(adapter):
+            latents = sample(self.generator, self.network, conditions, noise, sigmas, "euler")
+        return self.generator.decode(latents)
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Held-out rewards and measures of the averaged policy, over all processes."""
+        count, size = len(self.held_out), self.recipe.rollout.micro_batch
+        own = share(count, self.accelerator.process_index, self.accelerator.num_processes)
+        found: dict[str, list[tuple[list[int], Tensor]]] = {}
+        shown = []
+        with self.timings.phase("evaluate"):
+            for start in self._bar(range(own.start, own.stop, size), f"epoch {epoch} evaluate"):
+                indices = list(range(start, min(start + size, own.stop)))
+                images = self.images("ema", indices)
+                for name, values in self.scorer.measure(images, [self.held_out[n] for n in indices]).items():
+                    found.setdefault(name, []).append((indices, values))
+                kept = [n for n in indices if n < self.recipe.evaluation.grid]
+                if kept:
+                    shown.append((kept, images[: len(kept)]))
+            metrics = {}
+            for name in [*self.scorer.rewards, "total", *self.scorer.metrics]:
+                values = self._gather(found.get(name, []), count)
+                metrics[f"held_out/{name}"] = float(values.mean())
+                metrics[f"held_out/{name}_std"] = float(values.std())
+            side = self.generator.resolution
+            blank = [([0], torch.zeros(1, 3, side, side))] if not shown else shown
+            pictures = self._gather(blank, self.recipe.evaluation.grid)
+        if self.main and self.tracker is not None:
+            self.tracker.images(epoch, pictures.float())
+        return metrics
+
+    def _log(self, metrics: dict[str, float], optimality_now: Tensor | None = None) -> None:
+        metrics |= self.timings.take()
+        seconds = sum(metrics.get(f"seconds/{phase}", 0.0) for phase in ("rollout", "decode", "score", "train"))
+        if seconds:
+            metrics["images_per_second"] = self.geometry.samples / seconds
+        if self.tracker is not None:
+            self.tracker.log(self.epoch, self.step, metrics, optimality_now)
+            shown = {k: v for k, v in metrics.items() if k in ("reward/total", "held_out/total", "train/old_deviation")}
+            tqdm.write(
+                f"epoch {self.epoch}/{self.recipe.epochs}  "
+                + "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+                + f"  {seconds:.1f} s"
+            )
+
+    def _save(self) -> None:
+        if self.main:
+            with self.timings.phase("save"):
+                state = {
+                    "epoch": self.epoch,
+                    "step": self.step,
+                    "old_is_current": self.policy.old_is_current,
+                    "scheduler": self.scheduler.state_dict(),
+                }
+                tensors = {
+                    "adapters": self.policy.state_dict(),
+                    "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer),
+                }
+                name = f"epoch-{self.epoch:06d}"
+                checkpoint.save(self.folder / "checkpoints", name, tensors, state, self.recipe.checkpoint.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        warn = tqdm.write if self.main else lambda _: None
+        path = checkpoint.choose(self.folder / "checkpoints", self.recipe.checkpoint.resume, warn)
+        if path is None:
+            return
+        tensors, state = checkpoint.load(path)
+        self.policy.load_state_dict(tensors["adapters"])
+        self.policy.old_is_current = state["old_is_current"]
+        checkpoint.load_optimizer(self.optimizer.optimizer, tensors["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        if self.main:
+            tqdm.write(f"resumed from {path}")
+
+    def _finish(self) -> None:
+        """Leave what people look at: the averaged adapter as a LoRA file, pictures before and after, curves."""
+        if self.tracker is None:
+            return
+        indices = list(range(self.recipe.evaluation.grid))
+        pairs = [torch.cat([self.images(a, [n]).cpu() for n in indices]) for a in (None, "ema")]
+        before_after(*pairs, [self.held_out[n] for n in indices], self.folder / "before_after.png")
+        save_lora(self.policy, "ema", self.folder / "lora.safetensors", f"stitch-nft {self.folder.name}")
+        self.tracker.close()
+        curves(self.folder)

@@ -1,0 +1,1 @@
+"""Rewards for diffusion models: of images and, stitched, of noisy latents."""

@@ -1,0 +1,1 @@
+"""Paths, solvers and the generator."""

@@ -1,0 +1,181 @@
+"""A frozen Stable Diffusion 3 generator: loading, prompt embeddings kept on disk, velocity, decoding."""
+
+import gc
+import hashlib
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stitchvm_reward.errors import InputError
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+IN_MEMORY = 2048  # prompt embeddings held at once; the rest is read from disk again
+
+
+def locate(model: str, parts: tuple[str, ...]) -> Path:
+    """The local folder of a model given as a folder or a hub id, with only `parts` of it downloaded.
+
+    Raises InputError when the folder is missing, or the hub cannot be reached, is gated or lacks the model.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "~", "/")):
+        raise InputError(f"model folder not found: {model}; give a folder or a hub id like owner/name")
+    try:
+        wanted = ["*.json", *(f"{part}/*" for part in parts)]
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*.bin", "*.ckpt", "*.msgpack"]))
+    except GatedRepoError:
+        raise InputError(
+            f"{model} is gated: accept its licence at huggingface.co/{model}, then run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(f"no model {model} on the hub, and no such folder; check the spelling") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{model} is neither a folder here nor in the hub cache, and the hub cannot be reached "
+            f"({type(error).__name__}); download it first with `hf download {model}`"
+        ) from None
+
+
+def fingerprint(folder: Path) -> str:
+    """Identify the text encoders in `folder` by their files: names, sizes and contents (of large ones, the head)."""
+    digest = hashlib.sha256()
+    for part in TEXT_PARTS:
+        for path in sorted((folder / part).glob("*")):
+            with path.open("rb") as file:
+                digest.update(f"{part}/{path.name}:{path.stat().st_size}:".encode() + file.read(1 << 20))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the network reads of a batch of prompts: `tokens` (batch, length, width), `pooled` (batch, width)."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+class PromptEmbeddings:
+    """Embeddings of prompts, encoded once per distinct text and kept on disk as safetensors.
+
+    A file is named by the model's text encoders, the token length and the text, so another model, length or
+    wording never finds it. The text encoders live only while `ensure` runs.
+    """
+
+    def __init__(self, model: str, cache: str, t5_length: int, dtype: torch.dtype, device: torch.device):
+        self.folder, self.t5_length = locate(model, TEXT_PARTS), t5_length
+        self.cache = Path(cache).expanduser()
+        self.dtype, self.device = dtype, device
+        self.key = hashlib.sha256(f"{fingerprint(self.folder)}|{t5_length}|{dtype}".encode()).hexdigest()
+        self._loaded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    def path(self, text: str) -> Path:
+        name = hashlib.sha256(f"{self.key}|{text}".encode()).hexdigest()
+        return self.cache / name[:2] / f"{name}.safetensors"
+
+    @torch.no_grad()
+    def ensure(self, texts: list[str], batch: int = 16, progress=iter) -> int:
+        """Encode the texts that are not on disk yet and return how many those were. Text encoders are freed after."""
+        missing = [text for text in dict.fromkeys(texts) if not self.path(text).exists()]
+        if not missing:
+            return 0
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            self.folder, transformer=None, vae=None, torch_dtype=self.dtype, local_files_only=True
+        ).to(self.device)
+        pipeline.set_progress_bar_config(disable=True)
+        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
+            encoder.eval()
+        for start in progress(range(0, len(missing), batch)):
+            texts_now = missing[start : start + batch]
+            tokens, _, pooled, _ = pipeline.encode_prompt(
+                prompt=texts_now,
+                prompt_2=None,
+                prompt_3=None,
+                do_classifier_free_guidance=False,
+                device=self.device,
+                max_sequence_length=self.t5_length,
+            )
+            for text, token, pool in zip(texts_now, tokens.cpu(), pooled.cpu(), strict=True):
+                self._write(self.path(text), {"tokens": token.contiguous(), "pooled": pool.contiguous()})
+        del pipeline, encoder
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return len(missing)
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(tensors, staged)
+        os.replace(staged, path)
+
+    def _read(self, text: str) -> dict[str, Tensor]:
+        if text not in self._loaded:
+            self._loaded[text] = load_file(self.path(text))
+            if len(self._loaded) > IN_MEMORY:
+                self._loaded.popitem(last=False)
+        self._loaded.move_to_end(text)
+        return self._loaded[text]
+
+    def conditions(self, texts: list[str]) -> Conditions:
+        """Embeddings of already encoded texts, in order, on the device."""
+        found = [self._read(text) for text in texts]
+        tokens = torch.stack([item["tokens"] for item in found]).to(self.device)
+        return Conditions(tokens, torch.stack([item["pooled"] for item in found]).to(self.device))
+
+
+class Generator:
+    """The frozen transformer and autoencoder of a Stable Diffusion 3 model.
+
+    `resolution` is the side of its images in pixels. The transformer runs in `dtype`; decoding runs in float32.
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel, vae: AutoencoderKL, shift: float, resolution: int):
+        self.transformer: nn.Module = transformer.eval().requires_grad_(False)
+        self.vae = vae.eval().requires_grad_(False)
+        self.shift, self.resolution = shift, resolution
+        self.device, self.dtype = transformer.device, transformer.dtype
+        side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+        self.latent_shape = (transformer.config.in_channels, side, side)
+
+    @classmethod
+    def load(cls, model: str, dtype: torch.dtype, device: torch.device, resolution: int) -> "Generator":
+        """Load from a folder or a hub id in the Stable Diffusion 3 layout. Raises InputError where it does not fit."""
+        folder = locate(model, ("transformer", "vae", "scheduler"))
+        try:
+            transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype)
+            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{model} is no Stable Diffusion 3 pipeline folder: {reason}") from None
+        return cls(transformer.to(device), vae.to(device), scheduler.config.shift, resolution)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditions: Conditions, network: nn.Module | None = None):
+        """Velocity (batch, channels, h, w) in the network's dtype at levels `sigma` in [0, 1], (batch,).
+
+        `network` stands in for the transformer where it is wrapped for training. The timestep stays a float.
+        """
+        network = self.transformer if network is None else network
+        return network(
+            hidden_states=latents.to(self.dtype),
+            encoder_hidden_states=conditions.tokens,
+            pooled_projections=conditions.pooled,
+            timestep=sigma.to(self.device, torch.float32) * 1000,
+            return_dict=False,
+        )[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (batch, 3, resolution, resolution), float32 in [0, 1], of clean latents."""
+        scaled = latents.float() / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return (self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,74 @@
+"""Ordinary differential equation solvers for a velocity network: pure functions, float32 state."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SOLVERS = ("euler", "dpm2")
+
+
+def sigma_schedule(steps: int, shift: float = 3.0, train_steps: int = 1000) -> list[float]:
+    """Noise levels of a flow-matching Euler scheduler: `steps` levels from 1 down, then 0.
+
+    The levels of diffusers' FlowMatchEulerDiscreteScheduler with the same shift: both ends of the shifted
+    training range, evenly spaced, then shifted again.
+    """
+    lowest = 1 / train_steps
+    first, last = 1.0, shift * lowest / (1 + (shift - 1) * lowest)
+    spaced = torch.linspace(first, last, steps, dtype=torch.float64)
+    return [*(shift * spaced / (1 + (shift - 1) * spaced)).tolist(), 0.0]
+
+
+def euler_step(latents: Tensor, velocity: Tensor, sigma: float, following: float) -> Tensor:
+    """One first-order step from level `sigma` to level `following`."""
+    return latents + (following - sigma) * velocity
+
+
+def dpm2_step(
+    latents: Tensor, clean: Tensor, previous: Tensor | None, sigmas: tuple[float | None, float, float]
+) -> Tensor:
+    """One multistep DPM-Solver++(2M) step (arXiv 2211.01095, algorithm 2) on data predictions.
+
+    `sigmas` are the levels of the previous, this and the next step, `previous` the clean latent predicted at the
+    previous one. With alpha = 1 - sigma and lambda = log(alpha / sigma). First order where `previous` is None.
+    """
+    before, sigma, following = sigmas
+    if previous is not None and before is not None and following > 0:
+        width = _log_ratio(following) - _log_ratio(sigma)
+        past = _log_ratio(sigma) - _log_ratio(before)
+        clean = clean + (clean - previous) * (width / (2 * past))
+    ratio = following / sigma
+    return ratio * latents + ((1 - following) - ratio * (1 - sigma)) * clean
+
+
+def _log_ratio(sigma: float) -> float:
+    return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf
+
+
+def solve(
+    velocity: Callable[[Tensor, float], Tensor],
+    latents: Tensor,
+    sigmas: list[float],
+    solver: str = "euler",
+    stop: int | None = None,
+) -> Tensor:
+    """Run `solver` down the levels and return the float32 latents at sigmas[stop] (default: the last level).
+
+    `velocity(latents, sigma)` gives the network's velocity at one level. The solver's first step, and the last
+    one onto level 0, are first order. Raises ValueError for an unknown solver.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    latents = latents.float()
+    before, previous = None, None
+    for sigma, following in list(zip(sigmas, sigmas[1:]))[:stop]:
+        predicted = velocity(latents, sigma).float()
+        if solver == "euler":
+            latents = euler_step(latents, predicted, sigma, following)
+        else:
+            clean = latents - sigma * predicted
+            latents = dpm2_step(latents, clean, previous, (before, sigma, following))
+            before, previous = sigma, clean
+    return latents

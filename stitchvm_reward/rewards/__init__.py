@@ -1,0 +1,69 @@
+"""Rewards of images: every one is `score(images, prompts) -> (batch,) float32`."""
+
+import importlib
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.rewards.aesthetic import AestheticReward
+from stitchvm_reward.rewards.clip import ClipReward
+
+KINDS = ("aesthetic", "clip", "function")
+
+
+class Reward(Protocol):
+    """Scores (batch, 3, h, w) float32 images in [0, 1] with their prompts: (batch,) float32."""
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor: ...
+
+
+def find_function(name: str) -> Callable[[Tensor, list[str]], Tensor]:
+    """Import `package.module:function`. Raises InputError when it is not there."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise InputError(f"a function is written package.module:function, got {name!r}")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"cannot import {name}: {error}; is it on PYTHONPATH?") from None
+    if not callable(found):
+        raise InputError(f"{name} is not a function")
+    return found
+
+
+class FunctionReward:
+    """A user's own `function(images, prompts) -> (batch,)`, with its mistakes told by name."""
+
+    def __init__(self, name: str):
+        self.name, self.function = name, find_function(name)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        try:
+            scores = self.function(images, prompts)
+        except Exception as error:
+            raise InputError(f"{self.name} raised {type(error).__name__}: {error}") from error
+        if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
+            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise InputError(f"{self.name} must return a tensor of shape ({len(prompts)},), got {given}")
+        return scores.to(torch.float32)
+
+
+def load_reward(kind: str, model: str, head: str, function: str, device: torch.device) -> Reward:
+    """Load one reward: `aesthetic` (CLIP model and head), `clip` (CLIP model), `function` (a user's own)."""
+    if kind == "aesthetic":
+        return AestheticReward(model, head, device)
+    if kind == "clip":
+        return ClipReward(model, device)
+    if kind == "function":
+        return FunctionReward(function)
+    raise InputError(f"a reward's kind must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def check_finite(name: str, scores: Tensor) -> None:
+    """Raise InputError when a reward gave a score that is not finite."""
+    bad = (~scores.isfinite()).sum().item()
+    if bad:
+        raise InputError(f"reward {name} gave {bad} of {len(scores)} scores that are not finite; the run stops here")

@@ -10,6 +10,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 # Prompts are tokenized in short bursts between training; threads forked there only bring warnings.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The libraries advise on every import; a user's terminal is for the run.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 from stitchvm_reward.errors import InputError  # noqa: E402
 

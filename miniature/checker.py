@@ -61,7 +61,7 @@ def _colour_map(images: torch.Tensor) -> torch.Tensor:
 
 def _normalise(masks: torch.Tensor) -> torch.Tensor:
     """Move the centre of mass of (n, h, w) masks to the middle and scale them to one area, (n, CANVAS, CANVAS)."""
-    count, height, width = masks.shape
+    height, width = masks.shape[-2:]
     ys, xs = torch.arange(height) + 0.5, torch.arange(width) + 0.5
     area = masks.sum((1, 2)).clamp_min(1)
     cx, cy = (masks * xs).sum((1, 2)) / area, (masks * ys[:, None]).sum((1, 2)) / area
@@ -69,9 +69,7 @@ def _normalise(masks: torch.Tensor) -> torch.Tensor:
     steps = (torch.arange(CANVAS) + 0.5) / CANVAS * 2 - 1
     grid_x = (cx[:, None] + reach[:, None] * steps) / width * 2 - 1
     grid_y = (cy[:, None] + reach[:, None] * steps) / height * 2 - 1
-    grid = torch.stack(
-        [grid_x[:, None, :].expand(-1, CANVAS, -1), grid_y[:, :, None].expand(-1, -1, CANVAS)], dim=-1
-    )
+    grid = torch.stack([grid_x[:, None, :].expand(-1, CANVAS, -1), grid_y[:, :, None].expand(-1, -1, CANVAS)], dim=-1)
     return F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
 
 

@@ -56,9 +56,7 @@ class Towers(nn.Module):
             "hidden_act": "quick_gelu",
         }
         self.clip = CLIPModel(
-            CLIPConfig(
-                text_config=_text_config(128, 3, "quick_gelu"), vision_config=vision, projection_dim=PROJECTION
-            )
+            CLIPConfig(text_config=_text_config(128, 3, "quick_gelu"), vision_config=vision, projection_dim=PROJECTION)
         )
         self.second = CLIPTextModelWithProjection(CLIPTextConfig(**_text_config(64, 3, "gelu")))
         sizes = [PROJECTION, 1024, 128, 64, 16, 1]
@@ -129,26 +127,21 @@ def quality(towers: Towers) -> dict[str, float]:
         "recall": float(((embedded @ first.T).argmax(1) == own).float().mean()),
         "recall_second": float(((embedded @ second.T).argmax(1) == own).float().mean()),
         "spearman": spearman(towers.head(embedded)[:, 0], scenes.true_aesthetic(images)),
-        "spearman_distorted": spearman(
-            towers.head(towers.embed_images(strange))[:, 0], scenes.true_aesthetic(strange)
-        ),
+        "spearman_distorted": spearman(towers.head(towers.embed_images(strange))[:, 0], scenes.true_aesthetic(strange)),
     }
     towers.train()
     return found
 
 
-def pretrain(
-    folder: Path, drawn: list[scenes.Scene], pool: torch.Tensor, stop_at: int | None = None
-) -> Towers:
+def pretrain(folder: Path, drawn: list[scenes.Scene], pool: torch.Tensor, stop_at: int | None = None) -> Towers:
     """Train all towers on a pool of scenes and their uint8 pictures; resumable."""
     torch.manual_seed(0)
     towers = Towers()
-    with torch.no_grad():
-        towers.head[-1].bias.fill_(5.0)
+    nn.init.constant_(towers.head[-1].get_parameter("bias"), 5.0)
     tokens = tokenize([scene.caption for scene in drawn])
     stated = {facts: number for number, facts in enumerate(dict.fromkeys(scene.facts for scene in drawn))}
     facts = torch.tensor([stated[scene.facts] for scene in drawn])
-    scale = towers.clip.logit_scale
+    scale: torch.Tensor = towers.clip.logit_scale
 
     def contrast(images: torch.Tensor, texts: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
         # Another picture of the same facts is no wrong answer: leave it out of the comparison.
@@ -180,19 +173,21 @@ def pretrain(
         STEPS,
         folder,
         average=0.98,
-        every=lambda _, module: quality(module),
+        every=lambda *_: quality(towers),
         evaluate_every=130,
         stop_at=stop_at,
     )
-    save_file({name: tensor.contiguous() for name, tensor in towers.state_dict().items()}, folder / "towers.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in towers.state_dict().items()}, folder / "towers.safetensors"
+    )
     return towers.eval()
 
 
 def save_head(head: nn.Sequential, path: Path) -> None:
     """Write the head under the published predictor's keys: layers.0, .2, .4, .6, .7 (the gaps are its dropouts)."""
-    places = (0, 2, 4, 6, 7)
+    places = {str(index): place for index, place in enumerate((0, 2, 4, 6, 7))}
     tensors = {}
-    for place, linear in zip(places, head, strict=True):
-        tensors[f"layers.{place}.weight"] = linear.weight.detach().half().contiguous()
-        tensors[f"layers.{place}.bias"] = linear.bias.detach().half().contiguous()
+    for key, value in head.state_dict().items():
+        index, name = key.split(".")
+        tensors[f"layers.{places[index]}.{name}"] = value.half().contiguous()
     save_file(tensors, path)

@@ -13,7 +13,7 @@ from miniature import checker, scenes, wording
 from miniature.clip import Towers, tokenize
 from miniature.training import train
 
-STEPS = 4200
+STEPS = 3100
 BATCH = 128
 WIDTH = 192
 DROP_CAPTION = 0.1
@@ -153,7 +153,8 @@ def quality(generator: Generator, vae: AutoencoderKL, towers: Towers, count: int
 def optimizers(generator: Generator) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for modulations, embeddings, norms and the output layer."""
     inside = ("transformer_blocks", "t5.encoder.block")
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in generator.named_parameters():
         hidden = any(part in name for part in inside) and parameter.ndim == 2
         plain = "norm1" not in name and "relative_attention_bias" not in name
@@ -198,8 +199,8 @@ def pretrain(
         STEPS,
         folder,
         average=0.999,
-        every=lambda _, module: quality(module, vae, towers, 100, 12),
-        evaluate_every=400,
+        every=lambda *_: quality(generator, vae, towers, 100, 12),
+        evaluate_every=500,
         stop_at=stop_at,
     )
     generator.transformer.save_pretrained(folder / "transformer")

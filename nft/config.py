@@ -46,7 +46,11 @@ class ModelRecipe:
 
     def __post_init__(self):
         one_of("model.dtype", self.dtype, DTYPES)
-        require(self.resolution > 0 and self.resolution % 16 == 0, "model.resolution must be a multiple of 16", self.resolution)
+        require(
+            self.resolution > 0 and self.resolution % 16 == 0,
+            "model.resolution must be a multiple of 16",
+            self.resolution,
+        )
         at_least("model.t5_length", self.t5_length, 1)
 
 
@@ -113,7 +117,9 @@ class RolloutRecipe:
     def __post_init__(self):
         at_least("rollout.groups", self.groups, 1)
         require(
-            self.group_size >= 2, "rollout.group_size must be at least 2: a lone sample has no advantage", self.group_size
+            self.group_size >= 2,
+            "rollout.group_size must be at least 2: a lone sample has no advantage",
+            self.group_size,
         )
         at_least("rollout.micro_batch", self.micro_batch, 1)
         at_least("rollout.steps", self.steps, 2)
@@ -254,7 +260,7 @@ class Recipe:
         )
 
 
-def _known_keys(kind: type, given: Any, where: str) -> None:
+def _known_keys(kind: Any, given: Any, where: str) -> None:
     """Refuse keys that the dataclass does not have, naming the nearest that it has."""
     if not isinstance(given, dict):
         return
@@ -290,10 +296,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} must hold recipe keys, got {content!r}")
     base = content.pop("base", None)
     _known_keys(Recipe, content, "")
-    if base is None:
-        return content
-    parent = OmegaConf.create(_read_yaml(path.parent / base))
-    return typing.cast(dict, OmegaConf.to_container(OmegaConf.merge(parent, OmegaConf.create(content))))
+    whole = OmegaConf.create(content)
+    if base is not None:
+        whole = OmegaConf.merge(OmegaConf.create(_read_yaml(path.parent / base)), whole)
+    return typing.cast(dict[str, Any], OmegaConf.to_container(whole))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

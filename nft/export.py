@@ -16,7 +16,9 @@ def lora_tensors(policy: Policy, adapter: str):
     for key, matrix in policy.tensors(adapter).items():
         layer, part = key.rsplit(".", 1)
         value = matrix.detach().float().cpu()
-        tensors[f"transformer.{layer}.{part}.weight"] = (value * scaling[layer] if part == "lora_B" else value).contiguous()
+        tensors[f"transformer.{layer}.{part}.weight"] = (
+            value * scaling[layer] if part == "lora_B" else value
+        ).contiguous()
     return tensors
 
 

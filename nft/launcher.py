@@ -16,9 +16,7 @@ def make_accelerator() -> Accelerator:
     """
     # Buffers never change here, so sending them around on every forward would be waste.
     options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[options]
-    )
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[options])
     started = int(os.environ.get("WORLD_SIZE", "1"))
     asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", started))
     if accelerator.num_processes != started or asked != started:

@@ -5,8 +5,10 @@ Three named adapters instead of swapped weights: an autocast cache, a sharded op
 between can then never see the wrong ones.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -39,9 +41,10 @@ class Policy:
     `old_is_current` tells whether the two hold the same numbers, so that one forward can serve for both.
     """
 
-    def __init__(self, network: nn.Module, rank: int, alpha: int, targets: list[str], seed: int):
+    def __init__(self, network: Any, rank: int, alpha: int, targets: list[str], seed: int):
         self.network, self.rank, self.alpha = network, rank, alpha
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
             torch.manual_seed(randomness.at(seed, randomness.ADAPTERS).initial_seed())
             for name in ADAPTERS:
                 config = LoraConfig(
@@ -91,7 +94,8 @@ class Policy:
     @torch.no_grad()
     def blend(self, target: str, decay: float) -> None:
         """target <- decay target + (1 - decay) current."""
-        ours, current = list(self.tensors(target).values()), list(self.tensors("current").values())
+        ours: list[Tensor] = list(self.tensors(target).values())
+        current: list[Tensor] = list(self.tensors("current").values())
         torch._foreach_lerp_(ours, current, 1 - decay)
 
     @torch.no_grad()

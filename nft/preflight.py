@@ -23,7 +23,9 @@ def _check_model(model: str, parts: tuple[str, ...]) -> None:
 def check_recipe(recipe: Recipe) -> None:
     """Check everything of a recipe that does not need its weights. Raises InputError."""
     check_run_folder(recipe)
-    _check_model(recipe.model.path, ("model_index.json", "transformer", "vae", "scheduler", "text_encoder", "tokenizer"))
+    _check_model(
+        recipe.model.path, ("model_index.json", "transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+    )
     for reward in recipe.rewards:
         if reward.kind == "function":
             find_function(reward.function)

@@ -70,9 +70,7 @@ class Trainer:
         )
         self.network, self.optimizer = accelerator.prepare(self.generator.transformer, optimizer)
         # The scheduler counts optimizer steps, so it is not prepared: accelerate would step it once a process.
-        self.scheduler = get_scheduler(
-            "constant_with_warmup", self.optimizer.optimizer, num_warmup_steps=train.warmup
-        )
+        self.scheduler = get_scheduler("constant_with_warmup", self.optimizer.optimizer, num_warmup_steps=train.warmup)
         self.epoch, self.step = 0, 0
         self._resume()
         self.tracker = Tracker(self.folder, self.epoch) if self.main else None
@@ -110,7 +108,9 @@ class Trainer:
             self.epoch += 1
             if self.epoch == last or (every and self.epoch % every == 0):
                 metrics |= self.evaluate(self.epoch)
-            optimality_now = torch.cat([r.optimality.cpu() for r in rollouts]) if rollouts else None
+            optimality_now = (
+                torch.cat([r.optimality.cpu() for r in rollouts if r.optimality is not None]) if rollouts else None
+            )
             if self.epoch == last or self.epoch % self.recipe.checkpoint.every == 0:
                 self._save()
             self._log(metrics, optimality_now)
@@ -165,7 +165,9 @@ class Trainer:
             metrics[f"reward/{name}"] = float(values.mean())
             metrics[f"reward/{name}_std"] = float(values.std(correction=0))
             if metrics[f"reward/{name}_std"] == 0 and self.main:
-                tqdm.write(f"warning: reward {name} is the same for all {count} samples of this epoch: it teaches nothing")
+                tqdm.write(
+                    f"warning: reward {name} is the same for all {count} samples of this epoch: it teaches nothing"
+                )
         groups = self._gather([(r.samples, torch.tensor(r.prompts)) for r in rollouts], count)
         tau = self._gather([(r.samples, r.tau) for r in rollouts], count)
         r = optimality(advantages(rewards["total"], groups, tau, self.recipe.train.per_group_std))
@@ -249,7 +251,9 @@ class Trainer:
         kept, added = bridge(per_sample(t, anchor), per_sample(rollout.tau, anchor))
         noisy = kept * anchor + added * noise
         velocity = self.generator.velocity(noisy, t, conditions, self.network)
-        old = self._frozen_velocity("old", noisy, t, conditions) if not self.policy.old_is_current else velocity.detach()
+        old = (
+            self._frozen_velocity("old", noisy, t, conditions) if not self.policy.old_is_current else velocity.detach()
+        )
         reference = self._frozen_velocity(None, noisy, t, conditions) if train.beta_kl > 0 else None
         assert rollout.optimality is not None
         terms = nft_loss(
@@ -278,9 +282,7 @@ class Trainer:
     def images(self, adapter: str | None, indices: list[int]) -> Tensor:
         """Held-out images of one adapter, always from the same noise."""
         conditions = self.embeddings.conditions([self.held_out[n] for n in indices])
-        noise = randomness.noise(
-            self.generator.latent_shape, self.recipe.seed, randomness.EVALUATION, 0, indices
-        )
+        noise = randomness.noise(self.generator.latent_shape, self.recipe.seed, randomness.EVALUATION, 0, indices)
         sigmas = sigma_schedule(self.recipe.evaluation.steps, self.generator.shift)
         with self.policy.using(adapter):
             latents = sample(self.generator, self.network, conditions, noise, sigmas, "euler")
@@ -363,8 +365,8 @@ class Trainer:
         if self.tracker is None:
             return
         indices = list(range(self.recipe.evaluation.grid))
-        pairs = [torch.cat([self.images(a, [n]).cpu() for n in indices]) for a in (None, "ema")]
-        before_after(*pairs, [self.held_out[n] for n in indices], self.folder / "before_after.png")
+        before, after = (torch.cat([self.images(a, [n]).cpu() for n in indices]) for a in (None, "ema"))
+        before_after(before, after, [self.held_out[n] for n in indices], self.folder / "before_after.png")
         save_lora(self.policy, "ema", self.folder / "lora.safetensors", f"stitch-nft {self.folder.name}")
         self.tracker.close()
         curves(self.folder)

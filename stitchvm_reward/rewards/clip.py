@@ -16,7 +16,7 @@ class ImageTower:
     def __init__(self, model: str, device: torch.device, dtype: torch.dtype = torch.float32):
         folder = locate(model, ("",))
         try:
-            self.clip = CLIPModel.from_pretrained(folder, torch_dtype=dtype).to(device).eval().requires_grad_(False)
+            self.clip = CLIPModel.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
         except (OSError, ValueError) as error:
             raise InputError(f"{model} is no CLIP model folder: {str(error).splitlines()[0]}") from None
         self.folder, self.device, self.dtype = folder, device, dtype

@@ -1,0 +1,168 @@
+"""The plan of a run, computed on the meta device: no weights are loaded and no hub is asked."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nft.config import Recipe
+from nft.geometry import Geometry
+from nft.policy import ADAPTERS, Policy
+from stitchvm_reward.diffusion.architectures import TEXT_PARAMETERS, configurations
+from stitchvm_reward.diffusion.solvers import sigma_schedule
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Shapes and costs of a recipe's model; FLOPs are multiply-adds times two, of one sample."""
+
+    base_parameters: int
+    adapted_layers: int
+    adapter_parameters: int
+    vae_parameters: int
+    forward_flops: float
+    training_flops: float
+    decode_flops: float
+    saved_bytes: int
+
+
+def _flops(call) -> float:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def _saved_bytes(call) -> int:
+    """Bytes that autograd keeps for the backward pass of a call, each storage counted once."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        sizes[id(storage)] = storage.nbytes()
+        alive.append(storage)
+        return tensor
+
+    alive: list = []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return sum(sizes.values())
+
+
+def costs(recipe: Recipe) -> Costs:
+    """Count parameters, FLOPs and the memory of one sample's training pass on the meta device."""
+    transformer_config, vae_config, clip_tokens = configurations(recipe.model.path)
+    dtype = getattr(torch, recipe.model.dtype)
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(transformer_config).to(dtype).requires_grad_(False)
+        vae = AutoencoderKL.from_config(vae_config).requires_grad_(False)
+        base = sum(p.numel() for p in transformer.parameters())
+        policy = Policy(transformer, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.seed)
+        policy.network.to("meta")
+        side = recipe.model.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+        config = transformer.config
+        latents = torch.zeros(1, config.in_channels, side, side, dtype=dtype)
+        inputs = {
+            "hidden_states": latents,
+            "encoder_hidden_states": torch.zeros(
+                1, clip_tokens + recipe.model.t5_length, config.joint_attention_dim, dtype=dtype
+            ),
+            "pooled_projections": torch.zeros(1, config.pooled_projection_dim, dtype=dtype),
+            "timestep": torch.zeros(1),
+        }
+        with torch.no_grad(), policy.using(None):
+            forward = _flops(lambda: transformer(**inputs))
+        with torch.no_grad():
+            decode = _flops(lambda: vae.decode(latents.float()))
+        training = _flops(lambda: transformer(**inputs).sample.sum().backward())
+        weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
+        saved = _saved_bytes(lambda: transformer(**inputs).sample.sum())
+    return Costs(
+        base_parameters=base,
+        adapted_layers=len(policy.layers),
+        adapter_parameters=sum(p.numel() for p in policy.tensors("current").values()),
+        vae_parameters=sum(p.numel() for p in vae.parameters()),
+        forward_flops=forward,
+        training_flops=training,
+        decode_flops=decode,
+        # Frozen weights are saved by reference for the backward pass; they are counted with the weights.
+        saved_bytes=max(0, saved - weights),
+    )
+
+
+def memory(recipe: Recipe, found: Costs) -> dict[str, float]:
+    """Expected GiB of one process in each phase, from weights, adapters, optimizer state and saved activations."""
+    width = getattr(torch, recipe.model.dtype).itemsize
+    frozen = found.base_parameters * width + found.vae_parameters * 4
+    # Three adapters, one gradient and two Adam moments, all float32.
+    trained = found.adapter_parameters * 4 * (len(ADAPTERS) + 3)
+    batch = recipe.rollout.micro_batch
+    pixels = recipe.model.resolution**2
+    encoders = TEXT_PARAMETERS * width if "stabilityai/" in recipe.model.path else 0
+    return {
+        "encode prompts": encoders / GIB,
+        "rollout": (frozen + trained + batch * found.saved_bytes / 24) / GIB,
+        "decode": (frozen + trained + batch * pixels * 128 * 4 * 4) / GIB,
+        "train": (frozen + trained + batch * found.saved_bytes) / GIB,
+    }
+
+
+def work(recipe: Recipe, geometry: Geometry, found: Costs) -> dict[str, float]:
+    """TFLOP of one epoch over all processes, by phase."""
+    train, samples = recipe.train, geometry.samples
+    # The old policy needs its own forward only while it differs from the current one.
+    shared_old = train.old_schedule == 0 and train.updates_per_epoch == 1
+    extra = (0 if shared_old else 1) + (1 if train.beta_kl > 0 else 0)
+    passes = samples * train.levels_per_sample
+    return {
+        "rollout": samples * recipe.rollout.steps * found.forward_flops / 1e12,
+        "decode": samples * found.decode_flops / 1e12,
+        "train": passes * (found.training_flops + extra * found.forward_flops) / 1e12,
+    }
+
+
+def plan_lines(recipe: Recipe, processes: int) -> list[str]:
+    """The plan as lines of text."""
+    rollout, train = recipe.rollout, recipe.train
+    geometry = Geometry(rollout.groups, rollout.group_size, rollout.micro_batch, processes, train.updates_per_epoch)
+    found = costs(recipe)
+    shares = [len(geometry.own(rank)) for rank in range(processes)]
+    shares_text = f"{min(shares)}" if min(shares) == max(shares) else f"{min(shares)} to {max(shares)}"
+    rounds = sum(geometry.rounds(update) for update in range(train.updates_per_epoch))
+    sigmas = sigma_schedule(rollout.steps)
+    lines = [
+        f"model        {recipe.model.path}, {recipe.model.dtype}, {recipe.model.resolution} px",
+        f"             {found.base_parameters:,} parameters in the transformer",
+        f"adapters     rank {recipe.lora.rank}, alpha {recipe.lora.alpha}: {found.adapted_layers} layers, "
+        f"{found.adapter_parameters:,} parameters, three of them (current, old, ema)",
+        f"rewards      {', '.join(f'{r.weight:g} x {r.name}' for r in recipe.rewards)}",
+        f"epoch        {rollout.groups} groups x {rollout.group_size} = {geometry.samples} samples, "
+        f"in {geometry.batches} micro batches of {rollout.micro_batch}",
+        f"processes    {processes}, with {shares_text} micro batches each",
+        f"rollout      {rollout.steps} {rollout.solver} steps, no guidance, from sigma 1 to 0: "
+        f"{' '.join(f'{sigma:.3f}' for sigma in sigmas[:6])} ...",
+        f"training     {train.levels_per_sample} of {rollout.steps if train.levels == 'grid' else 'continuous'} "
+        f"levels a sample, {train.space} space, beta {train.beta:g}, beta_kl {train.beta_kl:g}",
+        f"updates      {train.updates_per_epoch} an epoch, {rounds * train.levels_per_sample} forward and backward "
+        f"passes a process, gradients reduced {train.updates_per_epoch} times",
+        f"run          {recipe.epochs} epochs, {recipe.epochs * train.updates_per_epoch} optimizer steps, "
+        f"{recipe.epochs * geometry.samples:,} images",
+    ]
+    lines += [f"memory       {phase}: about {size:.1f} GiB" for phase, size in memory(recipe, found).items()]
+    phases = work(recipe, geometry, found)
+    lines += [
+        f"FLOPs        one sample: forward {found.forward_flops / 1e12:.3g}, forward and backward "
+        f"{found.training_flops / 1e12:.3g}, decode {found.decode_flops / 1e12:.3g} TFLOP",
+        "             one epoch: "
+        + ", ".join(f"{phase} {cost:,.3g}" for phase, cost in phases.items())
+        + f" TFLOP; rewards are not counted; a process {sum(phases.values()) / processes:,.3g}",
+    ]
+    return lines
+
+
+def print_plan(recipe: Recipe, processes: int) -> None:
+    """Print the plan of a recipe on so many processes."""
+    print("\n".join(plan_lines(recipe, processes)))

@@ -1,0 +1,101 @@
+"""Reference curves: the metrics that a recipe's first epochs gave, and whether a rerun gives them again."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nft.config import Recipe
+from nft.launcher import make_accelerator
+from nft.preflight import check_recipe
+from nft.tracking import read_metrics
+from nft.trainer import Trainer
+from stitchvm_reward.errors import InputError
+
+CLOSE_SHARE = 0.02  # of the reference value
+CLOSE_LEAST = 0.01
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def reference_path(recipe_path: Path) -> Path:
+    """Where the reference of a recipe file lies."""
+    return recipe_path.parent / "reference" / f"{recipe_path.stem}.json"
+
+
+def comparable(row: dict[str, float]) -> dict[str, float]:
+    """A row of metrics without what depends on the machine's speed."""
+    return {name: value for name, value in row.items() if not name.startswith(("seconds/", "images_per"))}
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return found.stdout.strip() or "unknown"
+
+
+def _verdict(expected: float, found: float | None) -> str:
+    if found is None or not math.isfinite(found):
+        return "different"
+    if found == expected:
+        return "equal"
+    return "close" if abs(found - expected) <= max(CLOSE_LEAST, CLOSE_SHARE * abs(expected)) else "different"
+
+
+def compare(expected: list[dict[str, float]], found: list[dict[str, float]]) -> list[tuple[str, str, str]]:
+    """For each metric: (name, worst verdict over the epochs, where and by how much it differs most)."""
+    order = ("equal", "close", "different")
+    by_epoch = {row["epoch"]: row for row in found}
+    results = []
+    for name in dict.fromkeys(name for row in expected for name in row if name not in ("epoch", "step")):
+        rows = [(row["epoch"], row[name], by_epoch.get(row["epoch"], {}).get(name)) for row in expected if name in row]
+        verdict = max((_verdict(value, other) for _, value, other in rows), key=order.index)
+        epoch, value, other = max(rows, key=lambda row: abs((row[2] if row[2] is not None else math.inf) - row[1]))
+        detail = "" if verdict == "equal" else f"epoch {epoch}: {value:.6g} expected, {other} found"
+        results.append((name, verdict, detail))
+    return results
+
+
+def _rerun(recipe: Recipe, folder: Path, epochs: int) -> list[dict[str, float]]:
+    short = replace(
+        recipe,
+        out=str(folder / "run"),
+        epochs=epochs,
+        evaluation=replace(recipe.evaluation, every=1),
+        checkpoint=replace(recipe.checkpoint, every=epochs, resume="never"),
+    )
+    check_recipe(short)
+    accelerator = make_accelerator()
+    Trainer(short, accelerator).train()
+    return [comparable(row) for row in read_metrics(folder / "run")]
+
+
+def run(recipe: Recipe, recipe_path: Path, folder: Path, record: int | None) -> int:
+    """Write the reference of `record` epochs, or compare with it; 0 when nothing differs, 1 otherwise."""
+    path = reference_path(recipe_path)
+    if record:
+        rows = _rerun(recipe, folder, record)
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+        about = {
+            "commit": _commit(),
+            "versions": versions,
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        print(f"wrote {path}")
+        return 0
+    if not path.is_file():
+        raise InputError(f"{recipe_path} has no reference curve ({path}); record one with --record EPOCHS")
+    reference = json.loads(path.read_text())
+    results = compare(reference["rows"], _rerun(recipe, folder, reference["rows"][-1]["epoch"]))
+    width = max(len(name) for name, *_ in results)
+    for name, verdict, detail in results:
+        print(f"{name:{width}}  {verdict:9}  {detail}")
+    worst = "different" if any(v == "different" for _, v, _ in results) else "equal or close"
+    print(f"{worst}: reference of commit {reference['commit'][:10]}, {reference['versions']}")
+    return int(worst == "different")

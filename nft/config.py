@@ -296,7 +296,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} must hold recipe keys, got {content!r}")
     base = content.pop("base", None)
     _known_keys(Recipe, content, "")
-    whole = OmegaConf.create(content)
+    whole: Any = OmegaConf.create(content)
     if base is not None:
         whole = OmegaConf.merge(OmegaConf.create(_read_yaml(path.parent / base)), whole)
     return typing.cast(dict[str, Any], OmegaConf.to_container(whole))

@@ -14,25 +14,32 @@ READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".p
 
 
 def read_prompts(source: str, column: str, split: str) -> list[str]:
-    """The prompts of a file (by its ending) or of a hub data set, in order, blank ones left out.
+    """The prompts of a file (by its ending), of one on the hub (hf://datasets/owner/name/file.json) or of a hub
+    data set, in order, blank ones left out.
 
     Raises InputError for a missing, empty, unreadable or non-UTF-8 file, or a missing column.
     """
     path = Path(source).expanduser()
     reader = READERS.get(path.suffix)
+    if reader is not None and source.startswith("hf://"):
+        return _from_table(source, reader, source, column, split)
     if reader is None and (path.exists() or source.count("/") != 1):
         raise InputError(f"prompts must be a {', '.join(READERS)} file or a hub data set owner/name, got {source}")
     if reader is not None and not path.is_file():
         raise InputError(f"prompt file not found: {path}")
     if reader in ("text", "json", "csv"):
         _check_text(path)
+    return _from_table(source, reader, str(path), column, split)
+
+
+def _from_table(source: str, reader: str | None, files: str, column: str, split: str) -> list[str]:
     disable_progress_bar()
     try:
         if reader is None:
             table = load_dataset(source, split=split)
         else:
-            table = load_dataset(reader, data_files=str(path), split="train")
-    except (DatasetNotFoundError, ConnectionError) as error:
+            table = load_dataset(reader, data_files=files, split="train")
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise InputError(f"data set {source} cannot be had: {str(error).splitlines()[0]}") from None
     except (DatasetGenerationError, ValueError) as error:
         raise InputError(f"{source} cannot be read as {reader or 'a data set'}: {str(error).splitlines()[0]}") from None

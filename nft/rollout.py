@@ -15,16 +15,22 @@ class Rollout:
     """One micro batch of finished solver runs.
 
     `samples` are global indices, `prompts` prompt indices, `anchor` the float32 latents (batch, c, h, w) at level
-    `tau` (batch,), `conditions` what the network read. Rewards by name, then optimality r, are filled in later.
+    `tau` (batch,). `table` holds what the network reads of each of the epoch's prompts, once, and `rows` (batch,)
+    this batch's places in it. Rewards by name, then optimality r, are filled in later.
     """
 
     samples: list[int]
     prompts: list[int]
-    conditions: Conditions
+    table: Conditions
+    rows: Tensor
     anchor: Tensor
     tau: Tensor
     rewards: dict[str, Tensor] = field(default_factory=dict)
     optimality: Tensor | None = None
+
+    @property
+    def conditions(self) -> Conditions:
+        return self.table.select(self.rows)
 
 
 @torch.no_grad()
@@ -48,7 +54,8 @@ def sample(
 def roll_out(
     generator: Generator,
     network: nn.Module,
-    conditions: Conditions,
+    table: Conditions,
+    rows: Tensor,
     samples: list[int],
     prompts: list[int],
     seed: int,
@@ -59,9 +66,9 @@ def roll_out(
     """Full rollouts of one micro batch, each sample from the noise at its own address."""
     noise = randomness.noise(generator.latent_shape, seed, randomness.ROLLOUT, epoch, samples)
     sigmas = sigma_schedule(steps, generator.shift)
-    latents = sample(generator, network, conditions, noise, sigmas, solver)
+    latents = sample(generator, network, table.select(rows), noise, sigmas, solver)
     tau = torch.zeros(len(samples), device=latents.device)
-    return Rollout(samples, prompts, conditions, latents, tau)
+    return Rollout(samples, prompts, table, rows, latents, tau)
 
 
 def training_levels(

@@ -1,6 +1,7 @@
 """What a run leaves behind to look at: metrics.jsonl, TensorBoard events, picture grids, curves."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,9 @@ class Tracker:
     def __init__(self, folder: Path, epoch: int):
         self.folder = folder
         kept = [row for row in read_metrics(folder) if row["epoch"] <= epoch] if epoch > 0 else []
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        staged = folder / "metrics.jsonl.staged"
+        staged.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(staged, folder / "metrics.jsonl")
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1 if epoch else None)
 
     def log(self, epoch: int, step: int, metrics: dict[str, float], optimality: Tensor | None = None) -> None:

@@ -111,25 +111,32 @@ class Trainer:
             optimality_now = (
                 torch.cat([r.optimality.cpu() for r in rollouts if r.optimality is not None]) if rollouts else None
             )
+            self._log(metrics, optimality_now)
             if self.epoch == last or self.epoch % self.recipe.checkpoint.every == 0:
                 self._save()
-            self._log(metrics, optimality_now)
         self._finish()
 
     def collect(self, epoch: int) -> list[Rollout]:
         """This process's rollouts of an epoch by the old policy, decoded and scored."""
         chosen = epoch_prompts(len(self.prompts), self.geometry.groups, self.recipe.seed, epoch)
+        own = self.geometry.own(self.accelerator.process_index)
+        if not own:
+            return []
+        ours = sorted({chosen[n // self.geometry.group_size] for batch in own for n in self.geometry.members(batch)})
+        table = self.embeddings.conditions([self.prompts[prompt] for prompt in ours])
         rollouts, total, count = [], 0.0, 0
-        bar = self._bar(self.geometry.own(self.accelerator.process_index), f"epoch {epoch + 1} rollout")
+        bar = self._bar(own, f"epoch {epoch + 1} rollout")
         for batch in bar:
             samples = self.geometry.members(batch)
             prompts = [chosen[n // self.geometry.group_size] for n in samples]
-            texts = [self.prompts[p] for p in prompts]
+            texts = [self.prompts[prompt] for prompt in prompts]
+            rows = torch.tensor([ours.index(prompt) for prompt in prompts], device=self.accelerator.device)
             with self.timings.phase("rollout"), self.policy.using("old"):
                 rollout = roll_out(
                     self.generator,
                     self.network,
-                    self.embeddings.conditions(texts),
+                    table,
+                    rows,
                     samples,
                     prompts,
                     self.recipe.seed,
@@ -236,10 +243,10 @@ class Trainer:
     def _empty(self) -> Rollout:
         """A stand-in of weight zero, so that every process runs the network equally often."""
         device = self.accelerator.device
-        conditions = self.embeddings.conditions([self.prompts[0]])
+        table, row = self.embeddings.conditions([self.prompts[0]]), torch.zeros(1, dtype=torch.long, device=device)
         anchor = torch.zeros(1, *self.generator.latent_shape, device=device)
         zero = torch.zeros(1, device=device)
-        return Rollout([-1], [0], conditions, anchor, zero, optimality=zero)
+        return Rollout([-1], [0], table, row, anchor, zero, optimality=zero)
 
     def _loss(self, epoch: int, rollout: Rollout, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Summed loss of one micro batch at one level a sample, and the sums of its terms without gradient."""

@@ -63,6 +63,10 @@ class Conditions:
     tokens: Tensor
     pooled: Tensor
 
+    def select(self, rows: Tensor) -> "Conditions":
+        """The conditions of some rows, repeated as often as they are named."""
+        return Conditions(self.tokens[rows], self.pooled[rows])
+
 
 class PromptEmbeddings:
     """Embeddings of prompts, encoded once per distinct text and kept on disk as safetensors.

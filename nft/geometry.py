@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from nft.config import Recipe
+
 
 def share(count: int, rank: int, processes: int) -> range:
     """The contiguous part of `count` items that belongs to `rank`; parts differ by at most one item."""
@@ -49,3 +51,9 @@ class Geometry:
     def rounds(self, update: int) -> int:
         """Micro batches that every process must run in one optimizer step, short ones with empty ones."""
         return max(len(self.own_in(rank, update)) for rank in range(self.processes))
+
+
+def geometry_of(recipe: Recipe, processes: int) -> Geometry:
+    """The geometry that a recipe has on so many processes."""
+    rollout = recipe.rollout
+    return Geometry(rollout.groups, rollout.group_size, rollout.micro_batch, processes, recipe.train.updates_per_epoch)

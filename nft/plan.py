@@ -7,10 +7,9 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nft.config import Recipe
-from nft.geometry import Geometry
+from nft.geometry import Geometry, geometry_of
 from nft.policy import ADAPTERS, Policy
 from stitchvm_reward.diffusion.architectures import TEXT_PARAMETERS, configurations
-from stitchvm_reward.diffusion.solvers import sigma_schedule
 
 GIB = 2**30
 
@@ -27,6 +26,7 @@ class Costs:
     training_flops: float
     decode_flops: float
     saved_bytes: int
+    blocks: int
 
 
 def _flops(call) -> float:
@@ -90,6 +90,7 @@ def costs(recipe: Recipe) -> Costs:
         decode_flops=decode,
         # Frozen weights are saved by reference for the backward pass; they are counted with the weights.
         saved_bytes=max(0, saved - weights),
+        blocks=config.num_layers,
     )
 
 
@@ -104,7 +105,7 @@ def memory(recipe: Recipe, found: Costs) -> dict[str, float]:
     encoders = TEXT_PARAMETERS * width if "stabilityai/" in recipe.model.path else 0
     return {
         "encode prompts": encoders / GIB,
-        "rollout": (frozen + trained + batch * found.saved_bytes / 24) / GIB,
+        "rollout": (frozen + trained + batch * found.saved_bytes / found.blocks) / GIB,
         "decode": (frozen + trained + batch * pixels * 128 * 4 * 4) / GIB,
         "train": (frozen + trained + batch * found.saved_bytes) / GIB,
     }
@@ -124,45 +125,44 @@ def work(recipe: Recipe, geometry: Geometry, found: Costs) -> dict[str, float]:
     }
 
 
-def plan_lines(recipe: Recipe, processes: int) -> list[str]:
-    """The plan as lines of text."""
-    rollout, train = recipe.rollout, recipe.train
-    geometry = Geometry(rollout.groups, rollout.group_size, rollout.micro_batch, processes, train.updates_per_epoch)
-    found = costs(recipe)
+def work_lines(recipe: Recipe, processes: int) -> list[str]:
+    """What a run will do, from its recipe alone."""
+    rollout, train, geometry = recipe.rollout, recipe.train, geometry_of(recipe, processes)
     shares = [len(geometry.own(rank)) for rank in range(processes)]
     shares_text = f"{min(shares)}" if min(shares) == max(shares) else f"{min(shares)} to {max(shares)}"
     rounds = sum(geometry.rounds(update) for update in range(train.updates_per_epoch))
-    sigmas = sigma_schedule(rollout.steps)
-    lines = [
-        f"model        {recipe.model.path}, {recipe.model.dtype}, {recipe.model.resolution} px",
-        f"             {found.base_parameters:,} parameters in the transformer",
-        f"adapters     rank {recipe.lora.rank}, alpha {recipe.lora.alpha}: {found.adapted_layers} layers, "
-        f"{found.adapter_parameters:,} parameters, three of them (current, old, ema)",
+    choice = f"{train.levels_per_sample} of {rollout.steps} grid" if train.levels == "grid" else "continuous"
+    return [
         f"rewards      {', '.join(f'{r.weight:g} x {r.name}' for r in recipe.rewards)}",
         f"epoch        {rollout.groups} groups x {rollout.group_size} = {geometry.samples} samples, "
         f"in {geometry.batches} micro batches of {rollout.micro_batch}",
         f"processes    {processes}, with {shares_text} micro batches each",
-        f"rollout      {rollout.steps} {rollout.solver} steps, no guidance, from sigma 1 to 0: "
-        f"{' '.join(f'{sigma:.3f}' for sigma in sigmas[:6])} ...",
-        f"training     {train.levels_per_sample} of {rollout.steps if train.levels == 'grid' else 'continuous'} "
-        f"levels a sample, {train.space} space, beta {train.beta:g}, beta_kl {train.beta_kl:g}",
+        f"rollout      {rollout.steps} {rollout.solver} steps without guidance",
+        f"training     {choice} levels a sample, {train.space} space, beta {train.beta:g}, beta_kl {train.beta_kl:g}",
         f"updates      {train.updates_per_epoch} an epoch, {rounds * train.levels_per_sample} forward and backward "
         f"passes a process, gradients reduced {train.updates_per_epoch} times",
         f"run          {recipe.epochs} epochs, {recipe.epochs * train.updates_per_epoch} optimizer steps, "
         f"{recipe.epochs * geometry.samples:,} images",
     ]
-    lines += [f"memory       {phase}: about {size:.1f} GiB" for phase, size in memory(recipe, found).items()]
-    phases = work(recipe, geometry, found)
-    lines += [
+
+
+def cost_lines(recipe: Recipe, processes: int) -> list[str]:
+    """What a run's model is and what an epoch costs."""
+    found = costs(recipe)
+    phases = work(recipe, geometry_of(recipe, processes), found)
+    return [
+        f"model        {recipe.model.path}, {recipe.model.dtype}, {recipe.model.resolution} px, "
+        f"{found.base_parameters:,} parameters in the transformer",
+        f"adapters     rank {recipe.lora.rank}, alpha {recipe.lora.alpha}: {found.adapted_layers} layers, "
+        f"{found.adapter_parameters:,} parameters, three of them ({', '.join(ADAPTERS)})",
+        *(f"memory       {phase}: about {size:.1f} GiB" for phase, size in memory(recipe, found).items()),
         f"FLOPs        one sample: forward {found.forward_flops / 1e12:.3g}, forward and backward "
         f"{found.training_flops / 1e12:.3g}, decode {found.decode_flops / 1e12:.3g} TFLOP",
-        "             one epoch: "
-        + ", ".join(f"{phase} {cost:,.3g}" for phase, cost in phases.items())
-        + f" TFLOP; rewards are not counted; a process {sum(phases.values()) / processes:,.3g}",
+        f"             one epoch: {', '.join(f'{phase} {cost:,.3g}' for phase, cost in phases.items())} TFLOP; "
+        f"rewards are not counted; a process {sum(phases.values()) / processes:,.3g}",
     ]
-    return lines
 
 
 def print_plan(recipe: Recipe, processes: int) -> None:
-    """Print the plan of a recipe on so many processes."""
-    print("\n".join(plan_lines(recipe, processes)))
+    """Print the whole plan of a recipe on so many processes."""
+    print("\n".join([*work_lines(recipe, processes), *cost_lines(recipe, processes)]))

@@ -13,8 +13,9 @@ from nft import checkpoint, randomness
 from nft.advantage import advantages, collapsed_groups, optimality
 from nft.config import Recipe
 from nft.export import save_lora
-from nft.geometry import Geometry, share
+from nft.geometry import geometry_of, share
 from nft.objective import nft_loss
+from nft.plan import work_lines
 from nft.policy import Policy
 from nft.prompts import epoch_prompts, read_prompts
 from nft.rollout import Rollout, roll_out, sample, training_levels
@@ -46,13 +47,7 @@ class Trainer:
         self.recipe, self.accelerator = recipe, accelerator
         self.main, self.timings = accelerator.is_main_process, Timings()
         rollout, train = recipe.rollout, recipe.train
-        self.geometry = Geometry(
-            rollout.groups,
-            rollout.group_size,
-            rollout.micro_batch,
-            accelerator.num_processes,
-            train.updates_per_epoch,
-        )
+        self.geometry = geometry_of(recipe, accelerator.num_processes)
         self.prompts, self.held_out = check_prompts(recipe)
         self.scorer = Scorer(recipe, accelerator.device)
         self.folder = self._folder()
@@ -98,6 +93,8 @@ class Trainer:
     def train(self) -> None:
         """Run the remaining epochs; every figure of an epoch is one row of metrics.jsonl."""
         every, last = self.recipe.evaluation.every, self.recipe.epochs
+        if self.main:
+            tqdm.write("\n".join(work_lines(self.recipe, self.accelerator.num_processes)))
         if self.epoch == 0:
             self._log(self.evaluate(0))
         while self.epoch < last:

@@ -16,6 +16,7 @@ from miniature import scenes, wording
 from miniature.training import train
 
 STEPS = 1150
+TASTE_STEPS = 420
 BATCH = 112
 DISTORTED = 40  # extra pictures a step, for the aesthetic loss alone
 PROJECTION = 128
@@ -133,33 +134,51 @@ def quality(towers: Towers) -> dict[str, float]:
     return found
 
 
+def contrast(images: torch.Tensor, texts: torch.Tensor, facts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss on normalised embeddings, both ways; another picture of the same facts is no wrong answer."""
+    same = (facts[:, None] == facts[None, :]).fill_diagonal_(False)
+    logits = (scale.exp().clamp(max=100) * images @ texts.T).masked_fill(same, -1e4)
+    target = torch.arange(len(images))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def pictures(pool: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of BATCH scenes, and their pictures followed by DISTORTED strange ones, in [0, 1]."""
+    chosen = torch.randint(len(pool), (BATCH,), generator=generator)
+    images = pool[chosen].float() / 255
+    images += torch.randn(images.shape, generator=generator) * 0.02
+    more = pool[torch.randint(len(pool), (DISTORTED,), generator=generator)].float() / 255
+    return chosen, torch.cat([images, distort(more, generator)])
+
+
+def facts_of(drawn: list[scenes.Scene]) -> torch.Tensor:
+    """A number for each scene, the same for scenes of the same facts."""
+    numbers = {facts: number for number, facts in enumerate(dict.fromkeys(scene.facts for scene in drawn))}
+    return torch.tensor([numbers[scene.facts] for scene in drawn])
+
+
+def save_towers(towers: Towers, folder: Path) -> None:
+    """Write all towers as one file."""
+    tensors = {name: tensor.contiguous() for name, tensor in towers.state_dict().items()}
+    save_file(tensors, folder / "towers.safetensors")
+
+
 def pretrain(folder: Path, drawn: list[scenes.Scene], pool: torch.Tensor, stop_at: int | None = None) -> Towers:
     """Train all towers on a pool of scenes and their uint8 pictures; resumable."""
     torch.manual_seed(0)
     towers = Towers()
     nn.init.constant_(towers.head[-1].get_parameter("bias"), 5.0)
     tokens = tokenize([scene.caption for scene in drawn])
-    stated = {facts: number for number, facts in enumerate(dict.fromkeys(scene.facts for scene in drawn))}
-    facts = torch.tensor([stated[scene.facts] for scene in drawn])
+    facts = facts_of(drawn)
     scale: torch.Tensor = towers.clip.logit_scale
 
-    def contrast(images: torch.Tensor, texts: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-        # Another picture of the same facts is no wrong answer: leave it out of the comparison.
-        logits = (scale.exp().clamp(max=100) * images @ texts.T).masked_fill(same, -1e4)
-        target = torch.arange(len(images))
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
     def step_loss(step: int, generator: torch.Generator):
-        chosen = torch.randint(len(pool), (BATCH,), generator=generator)
-        images = pool[chosen].float() / 255
-        more = pool[torch.randint(len(pool), (DISTORTED,), generator=generator)].float() / 255
-        images = torch.cat([images, distort(more, generator)])
-        images[:BATCH] += torch.randn(images[:BATCH].shape, generator=generator) * 0.02
+        chosen, images = pictures(pool, generator)
         truth = scenes.true_aesthetic(images)
         embedded = towers.embed_images(images)
         first, second = towers.embed_texts(tokens[chosen])
-        same = (facts[chosen][:, None] == facts[chosen][None, :]).fill_diagonal_(False)
-        matching = contrast(embedded[:BATCH], first, same), contrast(embedded[:BATCH], second, same)
+        known = facts[chosen]
+        matching = [contrast(embedded[:BATCH], texts, known, scale) for texts in (first, second)]
         aesthetic = F.smooth_l1_loss(towers.head(embedded)[:, 0], truth)
         shown = {"match": matching[0].item(), "second": matching[1].item(), "taste": aesthetic.item()}
         return matching[0] + 0.5 * matching[1] + 3 * aesthetic, shown
@@ -177,9 +196,45 @@ def pretrain(folder: Path, drawn: list[scenes.Scene], pool: torch.Tensor, stop_a
         evaluate_every=130,
         stop_at=stop_at,
     )
-    save_file(
-        {name: tensor.contiguous() for name, tensor in towers.state_dict().items()}, folder / "towers.safetensors"
+    save_towers(towers, folder)
+    return towers.eval()
+
+
+def refine(
+    towers: Towers, folder: Path, drawn: list[scenes.Scene], pool: torch.Tensor, stop_at: int | None = None
+) -> Towers:
+    """Second stage: teach the image tower and the head the true score, against text embeddings that stay as they are.
+
+    The text towers are the generator's text encoders by then, so they must not move.
+    """
+    known = facts_of(drawn)
+    with torch.no_grad():
+        texts = torch.cat([towers.embed_texts(part)[0] for part in tokenize([s.caption for s in drawn]).split(1000)])
+    trained = nn.ModuleList([towers.clip.vision_model, towers.clip.visual_projection, towers.head])
+    trained.requires_grad_(True)
+
+    def step_loss(step: int, generator: torch.Generator):
+        chosen, images = pictures(pool, generator)
+        embedded = towers.embed_images(images)
+        matching = contrast(embedded[:BATCH], texts[chosen], known[chosen], towers.clip.logit_scale.detach())
+        aesthetic = F.mse_loss(towers.head(embedded)[:, 0], scenes.true_aesthetic(images))
+        return matching + 4 * aesthetic, {"match": matching.item(), "taste": aesthetic.item()}
+
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=6e-4, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    train(
+        "taste",
+        trained,
+        step_loss,
+        [optimizer],
+        TASTE_STEPS,
+        folder,
+        warmup=20,
+        average=0.98,
+        every=lambda *_: quality(towers),
+        evaluate_every=140,
+        stop_at=stop_at,
     )
+    save_towers(towers, folder)
     return towers.eval()
 
 

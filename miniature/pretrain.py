@@ -2,6 +2,7 @@
 
 python -m miniature.pretrain vae        # autoencoder, then
 python -m miniature.pretrain clip       # CLIP and its aesthetic head, then
+python -m miniature.pretrain taste      # the image tower and the head again, for the true score, then
 python -m miniature.pretrain generator  # the Stable Diffusion 3 transformer and T5, then
 python -m miniature.pretrain measure    # the quality table and the sample grid
 """
@@ -26,7 +27,7 @@ def draw_pool(count: int = POOL) -> tuple[list[scenes.Scene], torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["vae", "clip", "generator", "measure"])
+    parser.add_argument("part", choices=["vae", "clip", "taste", "generator", "measure"])
     parser.add_argument("--folder", type=Path, default=Path("runs/pretrain"), help="where checkpoints go")
     parser.add_argument("--stop-at", type=int, help="stop after this step, on the same schedule")
     arguments = parser.parse_args()
@@ -39,6 +40,8 @@ def main() -> None:
         vae.pretrain(folder, pool, arguments.stop_at)
     elif arguments.part == "clip":
         clip.pretrain(folder, drawn, pool, arguments.stop_at)
+    elif arguments.part == "taste":
+        clip.refine(assemble.load_towers(folder), folder, drawn, pool, arguments.stop_at)
     else:
         generator.pretrain(
             folder, drawn, pool, assemble.load_vae(folder), assemble.load_towers(folder), arguments.stop_at

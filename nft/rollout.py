@@ -16,7 +16,8 @@ class Rollout:
 
     `samples` are global indices, `prompts` prompt indices, `anchor` the float32 latents (batch, c, h, w) at level
     `tau` (batch,). `table` holds what the network reads of each of the epoch's prompts, once, and `rows` (batch,)
-    this batch's places in it. Rewards by name, then optimality r, are filled in later.
+    this batch's places in it. `weight` is 0 for a stand-in that only keeps processes in step. Rewards by name, then
+    optimality r, are filled in later.
     """
 
     samples: list[int]
@@ -25,6 +26,7 @@ class Rollout:
     rows: Tensor
     anchor: Tensor
     tau: Tensor
+    weight: float = 1.0
     rewards: dict[str, Tensor] = field(default_factory=dict)
     optimality: Tensor | None = None
 

@@ -243,15 +243,15 @@ class Trainer:
         table, row = self.embeddings.conditions([self.prompts[0]]), torch.zeros(1, dtype=torch.long, device=device)
         anchor = torch.zeros(1, *self.generator.latent_shape, device=device)
         zero = torch.zeros(1, device=device)
-        return Rollout([-1], [0], table, row, anchor, zero, optimality=zero)
+        return Rollout([0], [0], table, row, anchor, zero, optimality=zero, weight=0.0)
 
     def _loss(self, epoch: int, rollout: Rollout, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Summed loss of one micro batch at one level a sample, and the sums of its terms without gradient."""
         train, anchor, conditions = self.recipe.train, rollout.anchor, rollout.conditions
-        weight = float(rollout.samples[0] >= 0)
-        address = [max(n, 0) for n in rollout.samples]
         shape = self.generator.latent_shape
-        noise = randomness.noise(shape, self.recipe.seed, randomness.TRAINING, epoch, address, level).to(anchor.device)
+        noise = randomness.noise(shape, self.recipe.seed, randomness.TRAINING, epoch, rollout.samples, level).to(
+            anchor.device
+        )
         kept, added = bridge(per_sample(t, anchor), per_sample(rollout.tau, anchor))
         noisy = kept * anchor + added * noise
         velocity = self.generator.velocity(noisy, t, conditions, self.network)
@@ -273,8 +273,10 @@ class Trainer:
             train.beta,
             train.space,
         )
-        loss = (terms.policy + train.beta_kl * terms.kl).sum() * weight
-        parts = torch.stack([terms.policy.detach().sum(), terms.kl.detach().sum(), terms.deviation.sum()]) * weight
+        loss = (terms.policy + train.beta_kl * terms.kl).sum() * rollout.weight
+        parts = (
+            torch.stack([terms.policy.detach().sum(), terms.kl.detach().sum(), terms.deviation.sum()]) * rollout.weight
+        )
         return loss, parts
 
     @torch.no_grad()
@@ -360,6 +362,9 @@ class Trainer:
         self.policy.old_is_current = state["old_is_current"]
         checkpoint.load_optimizer(self.optimizer.optimizer, tensors["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        # A scheduler writes its rate only when it steps; until then the groups would hold a fresh run's.
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
         self.epoch, self.step = state["epoch"], state["step"]
         if self.main:
             tqdm.write(f"resumed from {path}")

@@ -53,8 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def train(recipe) -> None:
+    import diffusers
+    import transformers
+
     from nft.preflight import check_recipe
 
+    # The run has progress bars of its own; those of loading are over before they are read.
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     check_recipe(recipe)
     from nft.launcher import make_accelerator
     from nft.trainer import Trainer

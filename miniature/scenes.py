@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 SIZE = 64
 KINDS = ("circle", "square", "triangle", "cross")
@@ -37,7 +38,10 @@ class Facts:
 
     @property
     def held_out(self) -> bool:
-        """Whether scenes with these facts are kept out of all pretraining (one in ten, by a fixed hash)."""
+        """Whether scenes with these facts are kept out of all pretraining (one in ten, by a fixed hash).
+
+        "A above B" and "B below A" are two statements here, so one may be known and the other held out.
+        """
         text = f"{sorted(self.shapes) if self.relation is None else self.shapes}|{self.background}|{self.relation}"
         return hashlib.sha256(text.encode()).digest()[0] % 10 == 0
 
@@ -203,26 +207,27 @@ def true_aesthetic(images: torch.Tensor) -> torch.Tensor:
     """The world's own taste, (batch,) float32 in 1..10, computed from pixels in [0, 1].
 
     Likes vivid shapes (.4), strong contrast to the background (.2), a composition whose centre of mass is the
-    picture's (.25) and a quarter of the picture covered (.15). A blank or textured picture has no foreground or
-    no background and scores near 1.
+    picture's (.25) and a quarter of the picture covered (.15). A blank, grainy or wholly covered picture has no
+    shapes or no ground and scores low.
     """
     images = images.float().clamp(0, 1)
-    difference = images - border_colour(images)
-    distance = difference.square().mean(1).sqrt()
-    mask = torch.sigmoid((distance - 0.12) / 0.02) * (distance > 0.03)
+    smooth = F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
+    grain = (images - smooth).abs().mean((1, 2, 3))
+    distance = (smooth - border_colour(smooth)).square().mean(1).sqrt()
+    mask = torch.sigmoid((distance - 0.12) / 0.012)
     area = mask.mean((1, 2))
-    weight = mask.sum((1, 2)) + 20.0
-    chroma = ((images.amax(1) - images.amin(1)) * mask).sum((1, 2)) / weight
+    present = area.square() / (area.square() + 0.02**2)
+    weight = mask.sum((1, 2)) + 1.0
+    chroma = ((smooth.amax(1) - smooth.amin(1)) * mask).sum((1, 2)) / weight
     contrast = (distance * mask).sum((1, 2)) / weight
     axis = torch.linspace(-1, 1, images.shape[-1], device=images.device)
     off_x = (mask * axis[None, None, :]).sum((1, 2)) / weight
     off_y = (mask * axis[None, :, None]).sum((1, 2)) / weight
-    present = mask.sum((1, 2)) / weight
-    balance = torch.exp(-(off_x.square() + off_y.square()) / (2 * 0.22**2)) * present
-    filling = torch.exp(-((area - 0.25) ** 2) / (2 * 0.10**2)) * present
-    tasteful = torch.exp(-((area - 0.25).clamp_min(0) ** 2) / (2 * 0.25**2))
-    score = (0.4 * (chroma / 0.8) + 0.2 * (contrast / 0.6) + 0.25 * balance + 0.15 * filling) * tasteful
-    return 1 + 9 * score.clamp(0, 1)
+    balance = torch.exp(-(off_x.square() + off_y.square()) / (2 * 0.22**2))
+    filling = torch.exp(-((area - 0.25) ** 2) / (2 * 0.10**2))
+    crowded = torch.exp(-((area - 0.25).clamp_min(0) ** 2) / (2 * 0.25**2))
+    liked = 0.4 * (chroma / 0.75) + 0.2 * (contrast / 0.6) + 0.25 * balance + 0.15 * filling
+    return 1 + 9 * (liked * present * crowded * torch.exp(-((grain / 0.1) ** 2))).clamp(0, 1)
 
 
 def distinct_captions(count: int, seed: int, held_out: bool) -> list[str]:

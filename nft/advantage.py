@@ -21,6 +21,10 @@ def advantages(rewards: Tensor, groups: Tensor, levels: Tensor, per_group_std: b
         for group in groups[same_level].unique():
             members = same_level & (groups == group)
             within = rewards[members]
+            if within.min() == within.max():
+                # The mean of equal numbers is off by rounding, which an adaptive optimizer would make a step of.
+                result[members] = 0
+                continue
             std = within.std(correction=0) if per_group_std else spread
             result[members] = (within - within.mean()) / (std + 1e-4)
     return result
@@ -34,5 +38,5 @@ def optimality(advantage: Tensor) -> Tensor:
 def collapsed_groups(rewards: Tensor, groups: Tensor) -> float:
     """Share of groups whose rewards do not differ, which teach nothing."""
     distinct = groups.unique()
-    flat = [bool(rewards[groups == group].std(correction=0) < 1e-6) for group in distinct]
+    flat = [bool(rewards[groups == group].min() == rewards[groups == group].max()) for group in distinct]
     return sum(flat) / len(flat)

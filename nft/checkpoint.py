@@ -60,8 +60,8 @@ def save(folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], state: 
 
 
 def complete(folder: Path) -> list[Path]:
-    """Checkpoints that were finished, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"epoch-*/{MANIFEST}"))
+    """Checkpoints that were given their name, which happens only once they are complete; oldest first."""
+    return sorted(path for path in folder.glob("epoch-*") if path.is_dir())
 
 
 def damage(path: Path) -> str | None:
@@ -70,6 +70,8 @@ def damage(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         return f"its manifest cannot be read ({type(error).__name__})"
+    if not isinstance(manifest, dict) or not manifest:
+        return "its manifest names no files"
     for name, expected in manifest.items():
         if not (path / name).is_file():
             return f"{name} is missing"
@@ -101,7 +103,7 @@ def choose(folder: Path, resume: str, warn) -> Path | None:
             return path
         warn(f"checkpoint {path} is damaged: {reason}; trying the one before it")
     if found:
-        raise InputError(f"every checkpoint in {folder} is damaged; start anew with checkpoint.resume=never")
+        raise InputError(f"every checkpoint in {folder} is damaged; to start anew, give another out=FOLDER")
     return None
 
 

@@ -1,6 +1,7 @@
 """A recipe: every setting of a run as a typed dataclass, read from YAML with `base:` and key=value overrides."""
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,11 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    require(value >= least, f"{name} must be at least {least}", value)
+    require(least <= value < math.inf, f"{name} must be at least {least}, and finite", value)
+
+
+def positive(name: str, value: float) -> None:
+    require(0 < value < math.inf, f"{name} must be positive and finite", value)
 
 
 @dataclass
@@ -88,6 +93,7 @@ class RewardRecipe:
 
     def __post_init__(self):
         one_of("rewards.kind", self.kind, KINDS)
+        require(math.isfinite(self.weight), "rewards.weight must be finite", self.weight)
         if self.kind == "function":
             require(":" in self.function, "a function reward needs function: package.module:function", self.function)
         else:
@@ -178,10 +184,10 @@ class TrainRecipe:
         require(0 < self.beta <= 1, "train.beta must be in (0, 1]", self.beta)
         at_least("train.beta_kl", self.beta_kl, 0)
         require(self.old_schedule in (0, 1, 2), "train.old_schedule must be 0, 1 or 2", self.old_schedule)
-        require(self.learning_rate > 0, "train.learning_rate must be positive", self.learning_rate)
+        positive("train.learning_rate", self.learning_rate)
         at_least("train.warmup", self.warmup, 0)
         at_least("train.weight_decay", self.weight_decay, 0)
-        require(self.max_gradient_norm > 0, "train.max_gradient_norm must be positive", self.max_gradient_norm)
+        positive("train.max_gradient_norm", self.max_gradient_norm)
         require(0 <= self.ema_decay < 1, "train.ema_decay must be in [0, 1)", self.ema_decay)
 
 
@@ -244,8 +250,11 @@ class Recipe:
         at_least("seed", self.seed, 0)
         at_least("epochs", self.epochs, 1)
         require(bool(self.rewards), "rewards must list at least one reward", self.rewards)
-        names = [reward.name for reward in self.rewards]
-        require(len(set(names)) == len(names), "every reward needs a name of its own", names)
+        names = ["total", *(reward.name for reward in self.rewards)]
+        names += [metric.rpartition(":")[2] for metric in self.evaluation.metrics]
+        require(
+            len(set(names)) == len(names), "every reward and metric needs a name of its own beside total", names[1:]
+        )
         most = self.rollout.steps if self.train.levels == "grid" else None
         require(
             most is None or self.train.levels_per_sample <= most,
@@ -282,8 +291,10 @@ def _known_keys(kind: Any, given: Any, where: str) -> None:
                     _known_keys(element, item, f"{where}{key}[{index}].")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe file merged over its `base:` files."""
+def _read_yaml(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file merged over its `base:` files; `below` are the files that led here."""
+    if path.resolve() in below:
+        raise InputError(f"{path} is its own base; a base must be another file")
     if not path.is_file():
         raise InputError(f"recipe not found: {path}")
     try:
@@ -295,10 +306,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold recipe keys, got {content!r}")
     base = content.pop("base", None)
+    if not isinstance(base, str | None):
+        raise InputError(f"base must be a file name, got {base!r} in {path}")
     _known_keys(Recipe, content, "")
     whole: Any = OmegaConf.create(content)
     if base is not None:
-        whole = OmegaConf.merge(OmegaConf.create(_read_yaml(path.parent / base)), whole)
+        whole = OmegaConf.merge(OmegaConf.create(_read_yaml(path.parent / base, (*below, path.resolve()))), whole)
     return typing.cast(dict[str, Any], OmegaConf.to_container(whole))
 
 

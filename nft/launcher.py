@@ -19,9 +19,12 @@ def make_accelerator() -> Accelerator:
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[options])
     started = int(os.environ.get("WORLD_SIZE", "1"))
     asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", started))
-    if accelerator.num_processes != started or asked != started:
+    # `accelerate launch --cpu --num_processes 2` sets an address to meet at and then starts one process.
+    lone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if lone or not accelerator.num_processes == started == asked:
+        several = "several" if lone else str(max(started, asked))
         raise InputError(
-            f"the launcher started {started} processes but accelerate sees {accelerator.num_processes}; "
-            "on a CPU run: torchrun --nproc-per-node N launch/nft.py RECIPE"
+            f"{several} processes were asked for but accelerate sees {accelerator.num_processes}; "
+            "on CPUs run: torchrun --nproc-per-node N launch/nft.py RECIPE"
         )
     return accelerator

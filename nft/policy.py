@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from nft import randomness
-from stitchvm_reward.errors import InputError
+from stitchvm_reward.errors import InputError, nearest
 
 ADAPTERS = ("current", "old", "ema")
 
@@ -43,6 +43,11 @@ class Policy:
 
     def __init__(self, network: Any, rank: int, alpha: int, targets: list[str], seed: int):
         self.network, self.rank, self.alpha = network, rank, alpha
+        layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in layers):
+                known = sorted({".".join(name.split(".")[2:]) for name in layers if "blocks." in name})
+                raise InputError(f"lora.targets names {target}, which no layer is called: {nearest(target, known)}")
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
             torch.manual_seed(randomness.at(seed, randomness.ADAPTERS).initial_seed())
@@ -50,10 +55,7 @@ class Policy:
                 config = LoraConfig(
                     r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)
                 )
-                try:
-                    network.add_adapter(config, adapter_name=name)
-                except ValueError as error:
-                    raise InputError(f"lora.targets {targets}: {str(error).splitlines()[0]}") from None
+                network.add_adapter(config, adapter_name=name)
         self.layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
         for name in ADAPTERS:
             for parameter in self.tensors(name).values():

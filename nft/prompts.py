@@ -1,11 +1,12 @@
 """Prompts: reading them through `datasets`, and which of them an epoch uses."""
 
+import logging
 from pathlib import Path
 
 import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from datasets.utils.logging import disable_progress_bar
+from datasets.utils.logging import disable_progress_bar, set_verbosity
 
 from nft import randomness
 from stitchvm_reward.errors import InputError, nearest
@@ -34,6 +35,7 @@ def read_prompts(source: str, column: str, split: str) -> list[str]:
 
 def _from_table(source: str, reader: str | None, files: str, column: str, split: str) -> list[str]:
     disable_progress_bar()
+    set_verbosity(logging.CRITICAL)  # the error below says it in one line
     try:
         if reader is None:
             table = load_dataset(source, split=split)
@@ -42,11 +44,13 @@ def _from_table(source: str, reader: str | None, files: str, column: str, split:
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         raise InputError(f"data set {source} cannot be had: {str(error).splitlines()[0]}") from None
     except (DatasetGenerationError, ValueError) as error:
-        raise InputError(f"{source} cannot be read as {reader or 'a data set'}: {str(error).splitlines()[0]}") from None
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(f"{source} cannot be read as {reader or 'a data set'}: {reason}") from None
     column = "text" if reader == "text" else column
     if column not in table.column_names:
         raise InputError(f"{source} has no column {column!r} (prompts.column): {nearest(column, table.column_names)}")
-    prompts = [prompt for prompt in table[column] if isinstance(prompt, str) and prompt.strip()]
+    # Some editors begin a UTF-8 file with a mark that is no part of its text.
+    prompts = [prompt.removeprefix("\ufeff") for prompt in table[column] if isinstance(prompt, str) and prompt.strip()]
     if not prompts:
         raise InputError(f"{source} holds no prompts")
     return prompts

@@ -1,10 +1,13 @@
 """The run folder: made, checked for another run, and never overwritten."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from nft.config import Recipe, dump
 from stitchvm_reward.errors import InputError
@@ -35,7 +38,11 @@ def check_run_folder(recipe: Recipe) -> Path:
     if saved.is_file():
         if recipe.checkpoint.resume == "never":
             raise InputError(f"{folder} already holds a run; give another out=FOLDER, or checkpoint.resume=auto")
-        if (difference := _difference(saved.read_text(), recipe)) is not None:
+        try:
+            difference = _difference(saved.read_text(), recipe)
+        except (UnicodeDecodeError, YAMLError, OmegaConfBaseException):
+            raise InputError(f"{saved} is damaged: cannot tell which run {folder} holds; move it away") from None
+        if difference is not None:
             raise InputError(f"{folder} holds a run of a different recipe: {difference}; give another out=FOLDER")
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
@@ -51,7 +58,8 @@ def prepare_run_folder(recipe: Recipe) -> Path:
     folder = check_run_folder(recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(dump(recipe))
+        (folder / "recipe.yaml.staged").write_text(dump(recipe))
+        os.replace(folder / "recipe.yaml.staged", folder / "recipe.yaml")
     except OSError as error:
         raise InputError(f"cannot write the run folder {folder}: {error.strerror or error}") from None
     return folder

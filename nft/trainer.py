@@ -50,7 +50,6 @@ class Trainer:
         self.geometry = geometry_of(recipe, accelerator.num_processes)
         self.prompts, self.held_out = check_prompts(recipe)
         self.scorer = Scorer(recipe, accelerator.device)
-        self.folder = self._folder()
         dtype = getattr(torch, recipe.model.dtype)
         with self.timings.phase("encode"):
             self.embeddings = self._encode(dtype)
@@ -66,6 +65,8 @@ class Trainer:
         self.network, self.optimizer = accelerator.prepare(self.generator.transformer, optimizer)
         # The scheduler counts optimizer steps, so it is not prepared: accelerate would step it once a process.
         self.scheduler = get_scheduler("constant_with_warmup", self.optimizer.optimizer, num_warmup_steps=train.warmup)
+        # Nothing is written before everything has loaded: a failed start must not stand in a corrected one's way.
+        self.folder = self._folder()
         self.epoch, self.step = 0, 0
         self._resume()
         self.tracker = Tracker(self.folder, self.epoch) if self.main else None
@@ -168,7 +169,7 @@ class Trainer:
         for name, values in rewards.items():
             metrics[f"reward/{name}"] = float(values.mean())
             metrics[f"reward/{name}_std"] = float(values.std(correction=0))
-            if metrics[f"reward/{name}_std"] == 0 and self.main:
+            if values.min() == values.max() and self.main:
                 tqdm.write(
                     f"warning: reward {name} is the same for all {count} samples of this epoch: it teaches nothing"
                 )

@@ -93,7 +93,7 @@ class PromptEmbeddings:
         if not missing:
             return 0
         pipeline = StableDiffusion3Pipeline.from_pretrained(
-            self.folder, transformer=None, vae=None, dtype=self.dtype, local_files_only=True
+            self.folder, transformer=None, vae=None, dtype=self.dtype, use_safetensors=True, local_files_only=True
         ).to(self.device)
         pipeline.set_progress_bar_config(disable=True)
         for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
@@ -156,8 +156,10 @@ class Generator:
         """Load from a folder or a hub id in the Stable Diffusion 3 layout. Raises InputError where it does not fit."""
         folder = locate(model, ("transformer", "vae", "scheduler"))
         try:
-            transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+            transformer = SD3Transformer2DModel.from_pretrained(
+                folder, subfolder="transformer", dtype=dtype, use_safetensors=True
+            )
+            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
             scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]

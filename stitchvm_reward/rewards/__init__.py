@@ -23,12 +23,13 @@ class Reward(Protocol):
 def find_function(name: str) -> Callable[[Tensor, list[str]], Tensor]:
     """Import `package.module:function`. Raises InputError when it is not there."""
     module, _, attribute = name.partition(":")
-    if not attribute:
+    if not attribute or not module or module.startswith("."):
         raise InputError(f"a function is written package.module:function, got {name!r}")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot import {name}: {error}; is it on PYTHONPATH?") from None
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"cannot import {name} ({reason}); is it on PYTHONPATH?") from None
     if not callable(found):
         raise InputError(f"{name} is not a function")
     return found

@@ -48,8 +48,9 @@ def load_head(model: str) -> AestheticHead:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         head = AestheticHead(tensors["layers.0.weight"].shape[1])
         head.load_state_dict(tensors)
-    except (RuntimeError, KeyError, SafetensorError, UnpicklingError) as error:
-        raise InputError(f"{path} is no aesthetic head (keys layers.0, .2, .4, .6, .7): {error}") from None
+    except (RuntimeError, LookupError, TypeError, AttributeError, EOFError, SafetensorError, UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{path} is no aesthetic head (keys layers.0, .2, .4, .6, .7): {reason}") from None
     return head.float().eval().requires_grad_(False)
 
 

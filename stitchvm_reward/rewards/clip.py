@@ -1,7 +1,10 @@
 """CLIP similarity as a reward, and the image tower that other rewards share."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -16,9 +19,10 @@ class ImageTower:
     def __init__(self, model: str, device: torch.device, dtype: torch.dtype = torch.float32):
         folder = locate(model, ("",))
         try:
-            self.clip = CLIPModel.from_pretrained(folder, dtype=dtype).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
+            clip = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(f"{model} is no CLIP model folder: {str(error).splitlines()[0]}") from None
+        self.clip = clip.to(device).eval().requires_grad_(False)
         self.folder, self.device, self.dtype = folder, device, dtype
         self.side = self.clip.config.vision_config.image_size
 
@@ -29,12 +33,22 @@ class ImageTower:
         return F.normalize(embedded.float(), dim=-1)
 
 
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The folder's own tokenizer. Without its files the library would make up another and say nothing."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise InputError(f"{folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizer library raises bare exceptions for a damaged file
+        raise InputError(f"the tokenizer in {folder} cannot be read: {str(error).splitlines()[0]}") from None
+
+
 class ClipReward:
     """Cosine of image and text embedding, in [-1, 1]."""
 
     def __init__(self, model: str, device: torch.device):
         self.tower = ImageTower(model, device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(self.tower.folder)
+        self.tokenizer = load_tokenizer(self.tower.folder)
         self._texts: dict[str, Tensor] = {}
 
     @torch.no_grad()

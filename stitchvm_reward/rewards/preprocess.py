@@ -22,8 +22,8 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 def resize_and_crop(images: Tensor, side: int) -> Tensor:
     """Resize the shorter side to `side`, then cut the centre square."""
     height, width = images.shape[-2:]
-    scale = side / min(height, width)
-    images = resize(images, max(side, int(height * scale)), max(side, int(width * scale)))
+    shorter = min(height, width)
+    images = resize(images, height * side // shorter, width * side // shorter)
     top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
     return images[..., top : top + side, left : left + side]
 

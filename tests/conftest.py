@@ -1,0 +1,124 @@
+"""Shared by the tests that train: runs of the bundled miniature that are small enough to take seconds."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}.items():
+    os.environ.setdefault(name, value)
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "recipes/shapes/aesthetic.yaml"
+TINY = (
+    "rollout.groups=2",
+    "rollout.group_size=4",
+    "rollout.micro_batch=4",
+    "rollout.steps=3",
+    "lora.rank=4",
+    "lora.alpha=8",  # a scale of 2: a file or a policy that loses it is off by half
+    "train.levels_per_sample=1",
+    "evaluation.every=0",
+    "evaluation.samples=4",
+    "evaluation.grid=4",
+    "evaluation.steps=2",
+    "checkpoint.every=1",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def at_the_root():
+    """Recipes name their files from the root of the repository."""
+    before = Path.cwd()
+    os.chdir(ROOT)
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def overrides(tmp_path_factory) -> Callable[..., list[str]]:
+    """overrides(out, "key=value", ...) -> everything that makes the recipe tiny, with embeddings shared by all runs."""
+    folder = tmp_path_factory.mktemp("prompts")
+    lines = (ROOT / "miniature/prompts/train.txt").read_text().splitlines()
+    (folder / "train.txt").write_text("\n".join(lines[:12]) + "\n")
+    prompts = (f"prompts.train={folder}/train.txt", f"prompts.cache={folder}/cache")
+    return lambda out, *more: [*TINY, *prompts, f"out={out}", *more]
+
+
+@pytest.fixture(scope="session")
+def make_trainer(overrides) -> Callable[..., Any]:
+    """make_trainer(out, "key=value", ...) -> a Trainer of the tiny recipe in this process."""
+
+    def make(out: Path, *more: str):
+        from nft.config import load_recipe
+        from nft.launcher import make_accelerator
+        from nft.trainer import Trainer
+
+        return Trainer(load_recipe(RECIPE, overrides(out, *more)), make_accelerator())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train(make_trainer) -> Callable[..., Any]:
+    """train(out, "key=value", ...) -> the Trainer after its last epoch."""
+
+    def run(out: Path, *more: str):
+        trainer = make_trainer(out, *more)
+        trainer.train()
+        return trainer
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def command(overrides) -> Callable[..., list[str]]:
+    """command(out, "key=value", ...) -> the command line that starts this run in a process of its own."""
+    return lambda out, *more: [sys.executable, "launch/nft.py", RECIPE, *overrides(out, *more)]
+
+
+@pytest.fixture(scope="session")
+def digests() -> Callable[[Path, int], dict[str, str]]:
+    """digests(run, epoch) -> the hash of every file of that checkpoint: equal means bit for bit."""
+
+    def of(run: Path, epoch: int) -> dict[str, str]:
+        folder = run / "checkpoints" / f"epoch-{epoch:06d}"
+        found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+        assert {"adapters.safetensors", "optimizer.safetensors", "state.json"} <= found.keys()
+        return found
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def rows() -> Callable[[Path], list[dict[str, float]]]:
+    """rows(run) -> its metrics, one dictionary an epoch, without what the clock says."""
+
+    def of(run: Path) -> list[dict[str, float]]:
+        whole = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        timed = ("seconds/", "images_per_second")
+        return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in whole]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def adapters() -> Callable[[Path, int], dict[str, Any]]:
+    """adapters(run, epoch) -> the tensors ADAPTER/LAYER.lora_X of that checkpoint."""
+
+    def of(run: Path, epoch: int) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        return load_file(run / "checkpoints" / f"epoch-{epoch:06d}" / "adapters.safetensors")
+
+    return of

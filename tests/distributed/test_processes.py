@@ -1,0 +1,175 @@
+"""The number of processes decides how fast a run is, never what it computes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from safetensors.torch import load_file
+
+from nft.launcher import make_accelerator
+from stitchvm_reward.errors import InputError
+
+WORKER = Path(__file__).with_name("worker.py")
+RECIPE = "recipes/shapes/aesthetic.yaml"
+EPOCHS = 3
+CLOSE = 1e-5
+# even: two micro batches. uneven: nine samples in five micro batches, the last one short, in two optimizer steps.
+EVEN = ("rollout.groups=2", "rollout.group_size=4", "rollout.micro_batch=4", "train.updates_per_epoch=1")
+UNEVEN = ("rollout.groups=3", "rollout.group_size=3", "rollout.micro_batch=2", "train.updates_per_epoch=2")
+COMMON = (f"epochs={EPOCHS}", "evaluation.every=1", "evaluation.samples=5", "checkpoint.keep=9")
+
+
+@pytest.fixture(scope="module")
+def launch(overrides, tmp_path_factory):
+    """launch(processes, {name: settings}) -> {name: run folder}, all in one start of that many processes.
+
+    A run named `unreduced` never reduces its gradients.
+    """
+
+    def start(processes: int, runs: dict[str, tuple[str, ...]]) -> dict[str, Path]:
+        folder = tmp_path_factory.mktemp(f"processes-{processes}")
+        plan = [
+            {
+                "recipe": RECIPE,
+                "out": str(folder / name),
+                "overrides": overrides(folder / name, *COMMON, *settings),
+                "reduced": name != "unreduced",
+            }
+            for name, settings in runs.items()
+        ]
+        (folder / "plan.json").write_text(json.dumps(plan))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        done = subprocess.run(
+            [sys.executable, *(launcher if processes > 1 else []), str(WORKER), str(folder / "plan.json")],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return {name: folder / name for name in runs}
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def one(launch):
+    return launch(1, {"even": EVEN, "uneven": UNEVEN})
+
+
+@pytest.fixture(scope="module")
+def two(launch):
+    return launch(2, {"even": EVEN, "unreduced": EVEN})
+
+
+@pytest.fixture(scope="module")
+def two_uneven(launch):
+    return launch(2, {"uneven": UNEVEN})["uneven"]
+
+
+@pytest.fixture(scope="module")
+def three_uneven(launch):
+    return launch(3, {"uneven": UNEVEN})["uneven"]
+
+
+def collected(run: Path) -> list[dict[str, torch.Tensor]]:
+    """What each process collected in the first epoch."""
+    return [load_file(path) for path in sorted(run.glob("rank-*.safetensors"))]
+
+
+def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest difference between two sets of tensors."""
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+def assert_same_samples(alone: Path, together: Path, processes: int, samples: int) -> None:
+    (expected,) = collected(alone)
+    parts = collected(together)
+    assert len(parts) == processes and len(expected) == 2 * samples
+    assert sum(len(part) for part in parts) == len(expected), "a sample was collected twice or by nobody"
+    for part in parts:
+        for key, tensor in part.items():
+            assert torch.equal(tensor, expected[key]), key
+    anchors = torch.stack([expected[f"anchor.{n}"] for n in range(samples)])
+    assert torch.pdist(anchors.flatten(1)).min() > 0.1, "samples must differ from each other"
+
+
+def assert_same_training(alone: Path, together: Path, rows, adapters) -> None:
+    expected, found = rows(alone), rows(together)
+    assert [row["epoch"] for row in found] == list(range(EPOCHS + 1))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
+        for key in ("train/policy_loss", "train/kl", "train/old_deviation", "reward/total", "held_out/aesthetic"):
+            if key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], abs=CLOSE), (key, ours["epoch"])
+    # In the first epoch nothing has been trained yet: every process's rewards are gathered, and exactly.
+    first = {key: value for key, value in expected[1].items() if key.startswith("reward/")}
+    assert first and first == {key: value for key, value in found[1].items() if key.startswith("reward/")}
+    for epoch in range(1, EPOCHS + 1):
+        assert furthest(adapters(together, epoch), adapters(alone, epoch)) < CLOSE, epoch
+    before, after = adapters(alone, 1), adapters(alone, EPOCHS)
+    moved = max(float((after[key] - before[key]).abs().max()) for key in after if key.startswith("current/"))
+    assert moved > 100 * CLOSE, "training must have moved the weights by far more than the tolerance"
+
+
+def test_two_processes_collect_the_samples_of_one_bit_for_bit(one, two):
+    assert_same_samples(one["even"], two["even"], processes=2, samples=8)
+
+
+def test_two_processes_equal_one_process_with_accumulation_of_two(one, two, rows, adapters):
+    assert_same_training(one["even"], two["even"], rows, adapters)
+
+
+def test_two_processes_collect_the_samples_of_one_where_the_work_does_not_divide(one, two_uneven):
+    assert_same_samples(one["uneven"], two_uneven, processes=2, samples=9)
+
+
+def test_two_processes_equal_one_where_the_work_does_not_divide(one, two_uneven, rows, adapters):
+    assert_same_training(one["uneven"], two_uneven, rows, adapters)
+
+
+def test_three_processes_collect_the_samples_of_one_where_the_work_does_not_divide(one, three_uneven):
+    assert_same_samples(one["uneven"], three_uneven, processes=3, samples=9)
+
+
+def test_three_processes_equal_one_where_the_work_does_not_divide(one, three_uneven, rows, adapters):
+    assert_same_training(one["uneven"], three_uneven, rows, adapters)
+
+
+def test_gradients_of_one_process_alone_give_other_weights(one, two, adapters):
+    """The comparison above can fail: the same two processes, with their gradients not reduced."""
+    assert furthest(adapters(two["unreduced"], EPOCHS), adapters(one["even"], EPOCHS)) > 50 * CLOSE
+
+
+def test_more_processes_asked_for_than_started_is_refused_in_one_line(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("ACCELERATE_NUM_PROCESSES", "2")
+    with pytest.raises(InputError, match="torchrun --nproc-per-node") as refused:
+        make_accelerator()
+    message = str(refused.value)
+    assert "\n" not in message
+    assert "2" in message, f"does not say how many were asked for: {message}"
+
+
+def test_accelerate_launch_that_starts_one_process_in_place_of_two_is_refused(monkeypatch):
+    """`accelerate launch --cpu --num_processes 2` runs one process; this is the environment that it gives it."""
+    arguments = launch_command_parser().parse_args(["--cpu", "--num_processes", "2", "launch/nft.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    _, environment = prepare_simple_launcher_cmd_env(arguments)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="process"):
+        make_accelerator()
+
+
+def test_a_lone_process_is_accepted(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert make_accelerator().num_processes == 1

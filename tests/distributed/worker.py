@@ -1,0 +1,36 @@
+"""One process of a distributed test: worker.py PLAN, a JSON list of runs that are made one after the other.
+
+Each run is {"recipe": ..., "overrides": [...], "out": FOLDER, "reduced": true}. Every process leaves what it
+collected in the first epoch in FOLDER/rank-N.safetensors; the run itself leaves metrics and checkpoints there.
+`"reduced": false` is the fault to look out for: gradients stay on the process that computed them.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from nft.config import load_recipe
+from nft.launcher import make_accelerator
+from nft.trainer import Trainer
+
+
+def main(plan: Path) -> None:
+    accelerator = make_accelerator()
+    for run in json.loads(plan.read_text()):
+        trainer = Trainer(load_recipe(run["recipe"], run["overrides"]), accelerator)
+        collected = {}
+        for rollout in trainer.collect(0):
+            for place, sample in enumerate(rollout.samples):
+                collected[f"anchor.{sample}"] = rollout.anchor[place].clone()
+                collected[f"reward.{sample}"] = rollout.rewards["total"][place].clone()
+        save_file(collected, Path(run["out"]) / f"rank-{accelerator.process_index}.safetensors")
+        with contextlib.nullcontext() if run["reduced"] else trainer.network.no_sync():
+            trainer.train()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,49 @@
+"""The plan of a run, at full size on the meta device."""
+
+import pytest
+
+from nft.config import load_recipe
+from nft.geometry import geometry_of
+from nft.plan import cost_lines, costs, work, work_lines
+
+
+@pytest.fixture(scope="module")
+def medium():
+    recipe = load_recipe("recipes/aesthetic.yaml")
+    return recipe, costs(recipe)
+
+
+def test_sd35_medium_has_its_published_size(medium):
+    _, found = medium
+    assert found.base_parameters == 2_243_171_520
+    assert (found.adapted_layers, found.adapter_parameters) == (191, 18_776_064)
+
+
+@pytest.mark.parametrize(
+    ("field", "teraflop"), [("forward_flops", 2.44), ("training_flops", 5.26), ("decode_flops", 2.51)]
+)
+def test_costs_of_one_sample_are_those_worked_out_by_hand(medium, field, teraflop):
+    _, found = medium
+    assert getattr(found, field) / 1e12 == pytest.approx(teraflop, rel=0.02)
+
+
+def test_attn2_adds_layers_only_to_the_first_blocks():
+    targets = "[attn.to_q,attn2.to_q]"
+    recipe = load_recipe("recipes/aesthetic.yaml", [f"lora.targets={targets}"])
+    assert costs(recipe).adapted_layers == 24 + 13
+
+
+def test_work_counts_every_network_call(medium):
+    recipe, found = medium
+    phases = work(recipe, geometry_of(recipe, 1), found)
+    forward, training = found.forward_flops / 1e12, found.training_flops / 1e12
+    assert phases["rollout"] == pytest.approx(1152 * 25 * forward)
+    # the current policy with gradient, the old one and the reference without
+    assert phases["train"] == pytest.approx(1152 * 24 * (training + 2 * forward))
+
+
+def test_the_plan_of_a_local_folder_needs_no_hub_and_names_uneven_shares():
+    recipe = load_recipe("recipes/shapes/aesthetic.yaml")
+    text = "\n".join([*work_lines(recipe, 3), *cost_lines(recipe, 3)])
+    assert "1 to 2 micro batches each" in text
+    assert "miniature/weights/sd3" in text and "GiB" in text

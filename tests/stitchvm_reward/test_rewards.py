@@ -1,0 +1,244 @@
+"""Rewards on small random models, and the mistakes of files and of users' functions."""
+
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel
+
+from miniature import wording
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.rewards import FunctionReward, check_finite, find_function, load_reward
+from stitchvm_reward.rewards.aesthetic import AestheticHead, AestheticReward, load_head
+from stitchvm_reward.rewards.clip import ClipReward
+from stitchvm_reward.rewards.preprocess import normalise
+
+WIDTH = 16
+CPU = torch.device("cpu")
+PROMPTS = ["a red circle on white", "two blue crosses on black", "a red circle on white"]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    tokenizer = wording.clip_tokenizer()
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = size | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": wording.LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = size | {"image_size": 32, "patch_size": 8}
+    folder = tmp_path_factory.mktemp("clip")
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def make_head(width=WIDTH, seed=0):
+    torch.manual_seed(seed)
+    return AestheticHead(width).eval()
+
+
+def test_clip_reward_is_the_cosine_of_the_models_own_embeddings(clip_folder, images):
+    model, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), wording.clip_tokenizer()
+    tokens = tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        direct = model(input_ids=tokens, pixel_values=normalise(images))
+    expected = torch.cosine_similarity(direct.image_embeds, direct.text_embeds)
+    scores = ClipReward(clip_folder, CPU).score(images, PROMPTS)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_clip_reward_embeds_each_text_once(clip_folder, images):
+    reward = ClipReward(clip_folder, CPU)
+    reward.score(images, PROMPTS)
+    kept = dict(reward._texts)
+    assert list(kept) == PROMPTS[:2]
+    reward.score(images, [PROMPTS[1], "a green square on grey", PROMPTS[0]])
+    assert len(reward._texts) == 3 and all(reward._texts[text] is embedding for text, embedding in kept.items())
+
+
+def test_clip_reward_cuts_a_text_that_is_too_long(clip_folder, images):
+    assert ClipReward(clip_folder, CPU).score(images[:1], ["red " * 50]).isfinite().all()
+
+
+def test_clip_reward_is_differentiable_in_the_pixels_alone(clip_folder, images):
+    reward = ClipReward(clip_folder, CPU)
+    reward.score(images.requires_grad_(), PROMPTS).sum().backward()
+    assert images.grad.isfinite().all() and images.grad.any()
+    assert not any(parameter.requires_grad for parameter in reward.tower.clip.parameters())
+
+
+def test_folder_without_a_clip_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no CLIP model"):
+        ClipReward(str(tmp_path), CPU)
+
+
+def test_folder_with_another_kind_of_model_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(InputError, match="no CLIP model"):
+        ClipReward(str(tmp_path), CPU)
+
+
+@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("content", [None, b"not it"], ids=["missing", "damaged"])
+def test_clip_folder_with_a_lost_file_is_refused(clip_folder, tmp_path, lost, content):
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    (folder / lost).unlink() if content is None else (folder / lost).write_bytes(content)
+    with pytest.raises(InputError, match="clip"):
+        ClipReward(str(folder), CPU)
+
+
+def test_published_head_layout_is_read():
+    keys = [f"layers.{index}.{part}" for index in (0, 2, 4, 6, 7) for part in ("weight", "bias")]
+    assert list(make_head().state_dict()) == keys
+    shapes = [tuple(tensor.shape) for key, tensor in make_head(768).state_dict().items() if key.endswith("weight")]
+    assert shapes == [(1024, 768), (128, 1024), (64, 128), (16, 64), (1, 16)]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "aesthetic-model.pth"])
+@pytest.mark.parametrize("given_as_folder", [False, True])
+def test_head_loads_from_either_format(tmp_path, name, given_as_folder):
+    head, path = make_head(), tmp_path / name
+    save_file(head.state_dict(), path) if name.endswith("safetensors") else torch.save(head.state_dict(), path)
+    loaded = load_head(str(tmp_path if given_as_folder else path))
+    assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in head.state_dict().items())
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_aesthetic_reward_applies_the_head_to_normalised_embeddings(clip_folder, tmp_path, images):
+    head = make_head()
+    save_file(head.state_dict(), tmp_path / "model.safetensors")
+    reward = AestheticReward(clip_folder, str(tmp_path), CPU)
+    with torch.no_grad():
+        embedded = CLIPModel.from_pretrained(clip_folder).eval()(
+            input_ids=torch.zeros(3, 2, dtype=torch.long), pixel_values=normalise(images)
+        )
+        expected = head(embedded.image_embeds)
+    scores = reward.score(images, PROMPTS)
+    assert scores.shape == (3,) and scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+
+
+class Code:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    "writer", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content, protocol=2))]
+)
+def test_code_in_a_pickled_head_is_refused_and_not_run(tmp_path, writer):
+    path, sign = tmp_path / "aesthetic-model.pth", tmp_path / "executed"
+    writer({"layers.0.weight": Code(sign)}, path)
+    with pytest.raises(InputError, match="no aesthetic head"):
+        load_head(str(path))
+    assert not sign.exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("content", [b"", b"not a model", os.urandom(500)], ids=["empty", "text", "noise"])
+def test_a_file_that_is_no_head_is_refused(tmp_path, suffix, content):
+    path = tmp_path / f"head{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="no aesthetic head"):
+        load_head(str(path))
+
+
+@pytest.mark.parametrize(
+    "content", [{"other": torch.ones(2)}, torch.ones(3, 3), [1, 2]], ids=["keys", "tensor", "list"]
+)
+def test_tensors_of_another_layout_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "head.pth")
+    with pytest.raises(InputError, match="no aesthetic head"):
+        load_head(str(tmp_path / "head.pth"))
+
+
+def test_head_folder_without_a_head_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no aesthetic head in"):
+        load_head(str(tmp_path))
+
+
+def test_head_of_another_width_is_refused(clip_folder, tmp_path):
+    save_file(make_head(768).state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"width 768, .* gives 16"):
+        AestheticReward(clip_folder, str(tmp_path), CPU)
+
+
+USER = """
+import torch
+number = 5
+def good(images, prompts): return images.mean((1, 2, 3)).double()
+def matrix(images, prompts): return torch.zeros(len(prompts), 1)
+def words(images, prompts): return [0.0] * len(prompts)
+def raises(images, prompts): raise RuntimeError("no display")
+"""
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    (tmp_path / "users_rewards.py").write_text(USER)
+    (tmp_path / "users_typo.py").write_text("def score(images, prompts:")
+    (tmp_path / "users_crash.py").write_text("raise RuntimeError('no display')")
+    monkeypatch.syspath_prepend(tmp_path)
+    return "users_rewards"
+
+
+def test_a_users_function_scores_in_float32(user, images):
+    scores = FunctionReward(f"{user}:good").score(images, PROMPTS)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, images.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        ("matrix", r"matrix must return a tensor of shape \(3,\), got \(3, 1\)"),
+        ("words", r"words must return a tensor of shape \(3,\), got list"),
+        ("raises", "raises raised RuntimeError: no display"),
+    ],
+)
+def test_a_users_faulty_function_is_told_by_name(user, images, function, message):
+    with pytest.raises(InputError, match=f"{user}:{message}"):
+        FunctionReward(f"{user}:{function}").score(images, PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["users_rewards:none", "users_rewards:number", "no_such_module:f", "users_rewards"])
+def test_a_function_that_is_not_there_is_told_by_name(user, name):
+    with pytest.raises(InputError, match=name):
+        find_function(name)
+
+
+@pytest.mark.parametrize("name", ["users_typo:score", "users_crash:score", ":score", ".users_rewards:good"])
+def test_a_module_that_cannot_be_imported_is_told_by_name(user, name):
+    with pytest.raises(InputError, match=name):
+        find_function(name)
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(InputError, match="aesthetic, clip, function, got 'magic'"):
+        load_reward("magic", "", "", "", CPU)
+
+
+def test_scores_that_are_not_finite_are_told_by_name():
+    check_finite("clip", torch.tensor([0.1, -3.0]))
+    with pytest.raises(InputError, match="reward clip gave 2 of 3"):
+        check_finite("clip", torch.tensor([float("nan"), 0.5, float("-inf")]))

@@ -185,13 +185,13 @@ class Trainer:
     def update(self, epoch: int, rollouts: list[Rollout]) -> dict[str, float]:
         """The epoch's optimizer steps; returns their mean loss terms and gradient norm."""
         by_batch = dict(zip(self.geometry.own(self.accelerator.process_index), rollouts, strict=True))
-        sums = torch.zeros(5, device=self.accelerator.device)
+        sums = torch.zeros(4, device=self.accelerator.device)
         with self.timings.phase("train"):
             for update in self._bar(range(self.geometry.updates), f"epoch {epoch + 1} train"):
                 own = self.geometry.own_in(self.accelerator.process_index, update)
                 batches = [by_batch[batch] for batch in own]
                 sums += self._optimizer_step(epoch, update, batches)
-        policy, kl, deviation, norm, _ = (sums / self.geometry.updates).tolist()
+        policy, kl, deviation, norm = (sums / self.geometry.updates).tolist()
         return {
             "train/policy_loss": policy,
             "train/kl": kl,
@@ -204,7 +204,7 @@ class Trainer:
         """One step over all processes: mean over its samples and levels, gradients reduced once."""
         levels, rounds = self.recipe.train.levels_per_sample, self.geometry.rounds(update)
         terms = self.geometry.samples_in(update) * levels
-        sums = torch.zeros(5, device=self.accelerator.device)
+        sums = torch.zeros(4, device=self.accelerator.device)
         for index in range(rounds):
             rollout = batches[index] if index < len(batches) else self._empty()
             chosen = self._levels(epoch, rollout)

@@ -1,0 +1,76 @@
+"""What a run leaves behind to read."""
+
+import json
+
+import pytest
+import torch
+
+from nft.summary import summary_lines
+from nft.tracking import Timings, Tracker, before_after, curves, read_metrics
+
+
+def write(folder, rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def row(epoch, reward):
+    held_out = {"held_out/total": reward, "held_out/total_std": 0.5}
+    return {
+        "epoch": epoch,
+        "step": epoch,
+        "reward/total": reward,
+        "seconds/train": 3.0,
+        "images_per_second": 2.0,
+    } | held_out
+
+
+def test_resuming_drops_the_rows_that_will_be_written_again(tmp_path):
+    write(tmp_path, [row(0, 1.0), row(1, 2.0), row(2, 3.0)])
+    tracker = Tracker(tmp_path, epoch=1)
+    tracker.log(2, 2, {"reward/total": 9.0})
+    tracker.close()
+    assert [found["epoch"] for found in read_metrics(tmp_path)] == [0, 1, 2]
+    assert read_metrics(tmp_path)[-1]["reward/total"] == 9.0
+
+
+def test_a_fresh_run_starts_an_empty_record(tmp_path):
+    write(tmp_path, [row(0, 1.0)])
+    Tracker(tmp_path, epoch=0).close()
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
+    write(tmp_path, [row(0, 1.0)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 1, "rew')
+    assert [found["epoch"] for found in read_metrics(tmp_path)] == [0]
+
+
+def test_the_summary_shows_change_spread_and_where_the_time_went(tmp_path):
+    write(tmp_path, [row(0, 1.0), row(1, 1.5), row(2, 4.0)])
+    text = "\n".join(summary_lines(tmp_path))
+    assert "+3.000" in text and "(0.500, 0.500)" in text
+    assert "9.0 s" in text and "100%" in text
+
+
+def test_a_run_that_never_finished_has_no_summary(tmp_path):
+    with pytest.raises(SystemExit, match="no finished run"):
+        summary_lines(tmp_path)
+
+
+def test_phases_add_up_until_taken():
+    timings = Timings()
+    for _ in range(2):
+        with timings.phase("a"):
+            pass
+    assert set(timings.take()) == {"seconds/a"}
+    assert timings.take() == {}
+
+
+def test_pictures_and_curves_are_written(tmp_path):
+    images = torch.rand(3, 3, 64, 64)
+    before_after(images, 1 - images, ["one", "two", "a prompt too long for its place " * 4], tmp_path / "pairs.png")
+    write(tmp_path, [row(0, 1.0), row(1, 2.0)])
+    curves(tmp_path)
+    assert (tmp_path / "pairs.png").stat().st_size > 1000
+    assert (tmp_path / "curves.png").stat().st_size > 1000

@@ -20,8 +20,8 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "
 IN_MEMORY = 2048  # prompt embeddings held at once; the rest is read from disk again
 
 
-def locate(model: str, parts: tuple[str, ...]) -> Path:
-    """The local folder of a model given as a folder or a hub id, with only `parts` of it downloaded.
+def locate(model: str, patterns: tuple[str, ...]) -> Path:
+    """The local folder of a model given as a folder or a hub id; of the latter, only files like `patterns` are fetched.
 
     Raises InputError when the folder is missing, or the hub cannot be reached, is gated or lacks the model.
     """
@@ -31,8 +31,7 @@ def locate(model: str, parts: tuple[str, ...]) -> Path:
     if model.count("/") != 1 or model.startswith((".", "~", "/")):
         raise InputError(f"model folder not found: {model}; give a folder or a hub id like owner/name")
     try:
-        wanted = ["*.json", *(f"{part}/*" for part in parts)]
-        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=["*.bin", "*.ckpt", "*.msgpack"]))
+        return Path(snapshot_download(model, allow_patterns=["*.json", *patterns], ignore_patterns=["*.bin", "*.fp16*"]))
     except GatedRepoError:
         raise InputError(
             f"{model} is gated: accept its licence at huggingface.co/{model}, then run `hf auth login`"
@@ -76,7 +75,7 @@ class PromptEmbeddings:
     """
 
     def __init__(self, model: str, cache: str, t5_length: int, dtype: torch.dtype, device: torch.device):
-        self.folder, self.t5_length = locate(model, TEXT_PARTS), t5_length
+        self.folder, self.t5_length = locate(model, tuple(f"{part}/*" for part in TEXT_PARTS)), t5_length
         self.cache = Path(cache).expanduser()
         self.dtype, self.device = dtype, device
         self.key = hashlib.sha256(f"{fingerprint(self.folder)}|{t5_length}|{dtype}".encode()).hexdigest()
@@ -154,7 +153,7 @@ class Generator:
     @classmethod
     def load(cls, model: str, dtype: torch.dtype, device: torch.device, resolution: int) -> "Generator":
         """Load from a folder or a hub id in the Stable Diffusion 3 layout. Raises InputError where it does not fit."""
-        folder = locate(model, ("transformer", "vae", "scheduler"))
+        folder = locate(model, ("transformer/*", "vae/*", "scheduler/*"))
         try:
             transformer = SD3Transformer2DModel.from_pretrained(
                 folder, subfolder="transformer", dtype=dtype, use_safetensors=True

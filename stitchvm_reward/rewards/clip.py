@@ -17,7 +17,7 @@ class ImageTower:
     """The frozen vision half of a CLIP model: images to normalised embeddings."""
 
     def __init__(self, model: str, device: torch.device, dtype: torch.dtype = torch.float32):
-        folder = locate(model, ("",))
+        folder = locate(model, ("*.safetensors", "*.txt"))
         try:
             clip = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         except (OSError, ValueError, SafetensorError) as error:

@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def train(recipe) -> None:
     import diffusers
+    import torch
     import transformers
 
     from nft.preflight import check_recipe
@@ -66,6 +67,9 @@ def train(recipe) -> None:
     from nft.trainer import Trainer
 
     accelerator = make_accelerator()
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        # accelerate's launcher leaves a lone process on the CPU one thread
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     trainer = Trainer(recipe, accelerator)
     trainer.train()
     if accelerator.is_main_process:

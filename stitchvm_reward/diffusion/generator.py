@@ -31,7 +31,9 @@ def locate(model: str, patterns: tuple[str, ...]) -> Path:
     if model.count("/") != 1 or model.startswith((".", "~", "/")):
         raise InputError(f"model folder not found: {model}; give a folder or a hub id like owner/name")
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", *patterns], ignore_patterns=["*.bin", "*.fp16*"]))
+        return Path(
+            snapshot_download(model, allow_patterns=["*.json", *patterns], ignore_patterns=["*.bin", "*.fp16*"])
+        )
     except GatedRepoError:
         raise InputError(
             f"{model} is gated: accept its licence at huggingface.co/{model}, then run `hf auth login`"

@@ -19,6 +19,8 @@ WORKER = Path(__file__).with_name("worker.py")
 RECIPE = "recipes/shapes/aesthetic.yaml"
 EPOCHS = 3
 CLOSE = 1e-5
+# A fifteenth of one step: Adam divides a gradient by its own size, so where that is nearly zero rounding shows.
+CLOSE_WEIGHTS = 5e-5
 # even: two micro batches. uneven: nine samples in five micro batches, the last one short, in two optimizer steps.
 EVEN = ("rollout.groups=2", "rollout.group_size=4", "rollout.micro_batch=4", "train.updates_per_epoch=1")
 UNEVEN = ("rollout.groups=3", "rollout.group_size=3", "rollout.micro_batch=2", "train.updates_per_epoch=2")
@@ -113,7 +115,7 @@ def assert_same_training(alone: Path, together: Path, rows, adapters) -> None:
     first = {key: value for key, value in expected[1].items() if key.startswith("reward/")}
     assert first and first == {key: value for key, value in found[1].items() if key.startswith("reward/")}
     for epoch in range(1, EPOCHS + 1):
-        assert furthest(adapters(together, epoch), adapters(alone, epoch)) < CLOSE, epoch
+        assert furthest(adapters(together, epoch), adapters(alone, epoch)) < CLOSE_WEIGHTS, epoch
     before, after = adapters(alone, 1), adapters(alone, EPOCHS)
     moved = max(float((after[key] - before[key]).abs().max()) for key in after if key.startswith("current/"))
     assert moved > 100 * CLOSE, "training must have moved the weights by far more than the tolerance"

@@ -19,6 +19,7 @@ from stitchvm_reward.errors import InputError
 
 CLOSE_SHARE = 0.02  # of the reference value
 CLOSE_LEAST = 0.01
+VERDICTS = ("equal", "close", "different")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -47,12 +48,11 @@ def _verdict(expected: float, found: float | None) -> str:
 
 def compare(expected: list[dict[str, float]], found: list[dict[str, float]]) -> list[tuple[str, str, str]]:
     """For each metric: (name, worst verdict over the epochs, where and by how much it differs most)."""
-    order = ("equal", "close", "different")
     by_epoch = {row["epoch"]: row for row in found}
     results = []
     for name in dict.fromkeys(name for row in expected for name in row if name not in ("epoch", "step")):
         rows = [(row["epoch"], row[name], by_epoch.get(row["epoch"], {}).get(name)) for row in expected if name in row]
-        verdict = max((_verdict(value, other) for _, value, other in rows), key=order.index)
+        verdict = max((_verdict(value, other) for _, value, other in rows), key=VERDICTS.index)
         epoch, value, other = max(rows, key=lambda row: abs((row[2] if row[2] is not None else math.inf) - row[1]))
         detail = "" if verdict == "equal" else f"epoch {epoch}: {value:.6g} expected, {other} found"
         results.append((name, verdict, detail))
@@ -96,6 +96,6 @@ def run(recipe: Recipe, recipe_path: Path, folder: Path, record: int | None) -> 
     width = max(len(name) for name, *_ in results)
     for name, verdict, detail in results:
         print(f"{name:{width}}  {verdict:9}  {detail}")
-    worst = "different" if any(v == "different" for _, v, _ in results) else "equal or close"
+    worst = max((verdict for _, verdict, _ in results), key=VERDICTS.index)
     print(f"{worst}: reference of commit {reference['commit'][:10]}, {reference['versions']}")
     return int(worst == "different")

@@ -9,42 +9,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.hub import locate
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 IN_MEMORY = 2048  # prompt embeddings held at once; the rest is read from disk again
-
-
-def locate(model: str, patterns: tuple[str, ...]) -> Path:
-    """The local folder of a model given as a folder or a hub id; of the latter, only files like `patterns` are fetched.
-
-    Raises InputError when the folder is missing, or the hub cannot be reached, is gated or lacks the model.
-    """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if model.count("/") != 1 or model.startswith((".", "~", "/")):
-        raise InputError(f"model folder not found: {model}; give a folder or a hub id like owner/name")
-    try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.json", *patterns], ignore_patterns=["*.bin", "*.fp16*"])
-        )
-    except GatedRepoError:
-        raise InputError(
-            f"{model} is gated: accept its licence at huggingface.co/{model}, then run `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise InputError(f"no model {model} on the hub, and no such folder; check the spelling") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{model} is neither a folder here nor in the hub cache, and the hub cannot be reached "
-            f"({type(error).__name__}); download it first with `hf download {model}`"
-        ) from None
 
 
 def fingerprint(folder: Path) -> str:

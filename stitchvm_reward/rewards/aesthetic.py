@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stitchvm_reward.diffusion.generator import locate
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.hub import locate
 from stitchvm_reward.rewards.clip import ImageTower
 
 FILES = ("model.safetensors", "aesthetic-model.pth")

@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from stitchvm_reward.diffusion.generator import locate
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.hub import locate
 from stitchvm_reward.rewards.preprocess import normalise, resize_and_crop
 
 

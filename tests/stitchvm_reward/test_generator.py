@@ -7,9 +7,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from transformers import T5EncoderModel
 
-from stitchvm_reward.diffusion.generator import Generator, PromptEmbeddings, locate
+from stitchvm_reward.diffusion.generator import Generator, PromptEmbeddings
 from stitchvm_reward.diffusion.solvers import sigma_schedule, solve
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.hub import locate
 
 MODEL = "miniature/weights/sd3"
 CPU = torch.device("cpu")

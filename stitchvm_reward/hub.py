@@ -1,0 +1,35 @@
+"""Models by local folder or hub id."""
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from stitchvm_reward.errors import InputError
+
+
+def locate(model: str, patterns: tuple[str, ...]) -> Path:
+    """The local folder of a model given as a folder or a hub id; of the latter, only files like `patterns` are fetched.
+
+    Raises InputError when the folder is missing, or the hub cannot be reached, is gated or lacks the model.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "~", "/")):
+        raise InputError(f"model folder not found: {model}; give a folder or a hub id like owner/name")
+    try:
+        return Path(
+            snapshot_download(model, allow_patterns=["*.json", *patterns], ignore_patterns=["*.bin", "*.fp16*"])
+        )
+    except GatedRepoError:
+        raise InputError(
+            f"{model} is gated: accept its licence at huggingface.co/{model}, then run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(f"no model {model} on the hub, and no such folder; check the spelling") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{model} is neither a folder here nor in the hub cache, and the hub cannot be reached "
+            f"({type(error).__name__}); download it first with `hf download {model}`"
+        ) from None

@@ -46,6 +46,8 @@ def load_head(model: str) -> AestheticHead:
         path = found[0]
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if not isinstance(tensors, dict):
+            raise TypeError(f"it holds a {type(tensors).__name__}, not named tensors")
         head = AestheticHead(tensors["layers.0.weight"].shape[1])
         head.load_state_dict(tensors)
     except (RuntimeError, LookupError, TypeError, AttributeError, EOFError, SafetensorError, UnpicklingError) as error:

@@ -332,7 +332,7 @@ class Trainer:
             shown = {k: v for k, v in metrics.items() if k in ("reward/total", "held_out/total", "train/old_deviation")}
             tqdm.write(
                 f"epoch {self.epoch}/{self.recipe.epochs}  "
-                + "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+                + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
                 + f"  {seconds:.1f} s"
             )
 

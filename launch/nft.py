@@ -54,7 +54,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def train(recipe) -> None:
     import diffusers
-    import torch
     import transformers
 
     from nft.preflight import check_recipe
@@ -63,13 +62,11 @@ def train(recipe) -> None:
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
     check_recipe(recipe)
-    from nft.launcher import make_accelerator
     from nft.trainer import Trainer
+    from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
 
     accelerator = make_accelerator()
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
-        # accelerate's launcher leaves a lone process on the CPU one thread
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    take_all_cores(accelerator)
     trainer = Trainer(recipe, accelerator)
     trainer.train()
     if accelerator.is_main_process:

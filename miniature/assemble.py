@@ -19,9 +19,10 @@ def load_vae(folder: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder / "vae").eval().requires_grad_(False)
 
 
-def load_towers(folder: Path) -> clip.Towers:
+def load_towers(folder: Path, name: str = "towers") -> clip.Towers:
+    """The first stage's `towers`, whose text towers the generator reads, or the second stage's `reward`."""
     towers = clip.Towers()
-    towers.load_state_dict(load_file(folder / "towers.safetensors"))
+    towers.load_state_dict(load_file(folder / f"{name}.safetensors"))
     return towers.eval().requires_grad_(False)
 
 
@@ -34,7 +35,7 @@ def load_generator(folder: Path) -> Generator:
 
 def assemble(folder: Path, weights: Path) -> None:
     """Write weights/sd3 (a StableDiffusion3Pipeline), weights/clip (CLIPModel) and weights/aesthetic."""
-    towers, generator = load_towers(folder), load_generator(folder)
+    towers, reward, generator = load_towers(folder), load_towers(folder, "reward"), load_generator(folder)
     text_config = CLIPTextConfig(**towers.clip.config.text_config.to_dict() | {"projection_dim": clip.PROJECTION})
     first = CLIPTextModelWithProjection(text_config)
     first.text_model.load_state_dict(towers.clip.text_model.state_dict())
@@ -51,12 +52,12 @@ def assemble(folder: Path, weights: Path) -> None:
         tokenizer_3=wording.t5_tokenizer(),
     )
     pipeline.to(torch.float16).save_pretrained(weights / "sd3")
-    towers.clip.half().save_pretrained(weights / "clip")
+    reward.clip.half().save_pretrained(weights / "clip")
     wording.clip_tokenizer().save_pretrained(weights / "clip")
     side = {"height": scenes.SIZE, "width": scenes.SIZE}
     CLIPImageProcessor(size={"shortest_edge": scenes.SIZE}, crop_size=side).save_pretrained(weights / "clip")
     (weights / "aesthetic").mkdir(parents=True, exist_ok=True)
-    clip.save_head(towers.head, weights / "aesthetic" / "model.safetensors")
+    clip.save_head(reward.head, weights / "aesthetic" / "model.safetensors")
 
 
 def grid(images: torch.Tensor, columns: int, path: Path) -> None:

@@ -16,10 +16,10 @@ from miniature import scenes, wording
 from miniature.training import train
 
 STEPS = 1150
-TASTE_STEPS = 420
 BATCH = 112
 DISTORTED = 40  # extra pictures a step, for the aesthetic loss alone
 PROJECTION = 128
+SECOND_WIDTH = 64  # of the second text tower
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -59,7 +59,7 @@ class Towers(nn.Module):
         self.clip = CLIPModel(
             CLIPConfig(text_config=_text_config(128, 3, "quick_gelu"), vision_config=vision, projection_dim=PROJECTION)
         )
-        self.second = CLIPTextModelWithProjection(CLIPTextConfig(**_text_config(64, 3, "gelu")))
+        self.second = CLIPTextModelWithProjection(CLIPTextConfig(**_text_config(SECOND_WIDTH, 3, "gelu")))
         sizes = [PROJECTION, 1024, 128, 64, 16, 1]
         self.head = nn.Sequential(*(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])))
 
@@ -194,44 +194,6 @@ def pretrain(folder: Path, drawn: list[scenes.Scene], pool: torch.Tensor, stop_a
         average=0.98,
         every=lambda *_: quality(towers),
         evaluate_every=130,
-        stop_at=stop_at,
-    )
-    save_towers(towers, folder)
-    return towers.eval()
-
-
-def refine(
-    towers: Towers, folder: Path, drawn: list[scenes.Scene], pool: torch.Tensor, stop_at: int | None = None
-) -> Towers:
-    """Second stage: teach the image tower and the head the true score, against text embeddings that stay as they are.
-
-    The text towers are the generator's text encoders by then, so they must not move.
-    """
-    known = facts_of(drawn)
-    with torch.no_grad():
-        texts = torch.cat([towers.embed_texts(part)[0] for part in tokenize([s.caption for s in drawn]).split(1000)])
-    trained = nn.ModuleList([towers.clip.vision_model, towers.clip.visual_projection, towers.head])
-    trained.requires_grad_(True)
-
-    def step_loss(step: int, generator: torch.Generator):
-        chosen, images = pictures(pool, generator)
-        embedded = towers.embed_images(images)
-        matching = contrast(embedded[:BATCH], texts[chosen], known[chosen], towers.clip.logit_scale.detach())
-        aesthetic = F.mse_loss(towers.head(embedded)[:, 0], scenes.true_aesthetic(images))
-        return matching + 4 * aesthetic, {"match": matching.item(), "taste": aesthetic.item()}
-
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=6e-4, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    train(
-        "taste",
-        trained,
-        step_loss,
-        [optimizer],
-        TASTE_STEPS,
-        folder,
-        warmup=20,
-        average=0.98,
-        every=lambda *_: quality(towers),
-        evaluate_every=140,
         stop_at=stop_at,
     )
     save_towers(towers, folder)

@@ -1,8 +1,8 @@
 """Pretrain the miniature world's models, one part per call, each resumable from its own checkpoint:
 
 python -m miniature.pretrain vae        # autoencoder, then
-python -m miniature.pretrain clip       # CLIP and its aesthetic head, then
-python -m miniature.pretrain taste      # the image tower and the head again, for the true score, then
+python -m miniature.pretrain clip       # CLIP, the second text tower and the aesthetic head, then
+python -m miniature.pretrain reward     # CLIP and the head again, as reward models, then
 python -m miniature.pretrain generator  # the Stable Diffusion 3 transformer and T5, then
 python -m miniature.pretrain measure    # the quality table and the sample grid
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from miniature import assemble, clip, generator, scenes, vae
+from miniature import assemble, clip, generator, reward, scenes, vae
 
 POOL = 40_000
 POOL_SEED = 1
@@ -27,7 +27,7 @@ def draw_pool(count: int = POOL) -> tuple[list[scenes.Scene], torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["vae", "clip", "taste", "generator", "measure"])
+    parser.add_argument("part", choices=["vae", "clip", "reward", "generator", "measure"])
     parser.add_argument("--folder", type=Path, default=Path("runs/pretrain"), help="where checkpoints go")
     parser.add_argument("--stop-at", type=int, help="stop after this step, on the same schedule")
     arguments = parser.parse_args()
@@ -40,8 +40,8 @@ def main() -> None:
         vae.pretrain(folder, pool, arguments.stop_at)
     elif arguments.part == "clip":
         clip.pretrain(folder, drawn, pool, arguments.stop_at)
-    elif arguments.part == "taste":
-        clip.refine(assemble.load_towers(folder), folder, drawn, pool, arguments.stop_at)
+    elif arguments.part == "reward":
+        reward.pretrain(folder, assemble.load_towers(folder), drawn, pool, arguments.stop_at)
     else:
         generator.pretrain(
             folder, drawn, pool, assemble.load_vae(folder), assemble.load_towers(folder), arguments.stop_at

@@ -37,6 +37,14 @@ class Facts:
     relation: str | None = None
 
     @property
+    def statement(self) -> tuple:
+        """The same for facts that say the same: shapes without an order have none, "below" is "above" turned round."""
+        if self.relation is None:
+            return tuple(sorted(self.shapes)), self.background, None
+        turned = {"below": "above", "right of": "left of"}.get(self.relation)
+        return (self.shapes[::-1] if turned else self.shapes), self.background, turned or self.relation
+
+    @property
     def held_out(self) -> bool:
         """Whether scenes with these facts are kept out of all pretraining (one in ten, by a fixed hash).
 
@@ -147,6 +155,35 @@ def draw_scenes(count: int, seed: int, held_out: bool = False, **options) -> lis
     """Draw `count` scenes from one seed."""
     rng = np.random.default_rng(seed)
     return [draw_scene(rng, held_out, **options) for _ in range(count)]
+
+
+def alter(scene: Scene, rng: np.random.Generator, held_out: bool | None = None) -> Scene:
+    """The same scene but for one fact: a colour, a kind, the background, two shapes exchanged, or one shape fewer.
+
+    Size, place and vividness stay as they are. `held_out` picks the side of the split, None takes either.
+    """
+    facts, keep = scene.facts, list(range(len(scene.radii)))
+    while facts.statement == scene.facts.statement or (held_out is not None and facts.held_out != held_out):
+        shapes, keep = list(scene.facts.shapes), list(range(len(scene.radii)))
+        background, relation = scene.facts.background, scene.facts.relation
+        changed, slot = rng.integers(5), rng.integers(len(shapes))
+        if changed == 0:
+            shapes[slot] = (list(COLOURS)[rng.integers(len(COLOURS))], shapes[slot][1])
+        elif changed == 1:
+            shapes[slot] = (shapes[slot][0], KINDS[rng.integers(len(KINDS))])
+        elif changed == 2:
+            background = list(SHADES)[rng.integers(len(SHADES))]
+        elif changed == 3:
+            shapes = shapes[::-1]
+        elif len(shapes) > 1:
+            keep.pop(slot)
+            shapes, relation = [shapes[index] for index in keep], None
+        facts = Facts(tuple(shapes), background, relation)
+    shade = scene.shade if facts.background == scene.facts.background else rng.uniform(*SHADES[facts.background])
+    centres = tuple(scene.centres[index] for index in keep)
+    radii = tuple(scene.radii[index] for index in keep)
+    vividness = tuple(scene.vividness[index] for index in keep)
+    return Scene(facts, caption_for(facts, rng), shade, centres, radii, vividness)
 
 
 def _signed_distance(kind: str, x: torch.Tensor, y: torch.Tensor, r: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,7 @@
 from dataclasses import dataclass
 
 from nft.config import Recipe
-
-
-def share(count: int, rank: int, processes: int) -> range:
-    """The contiguous part of `count` items that belongs to `rank`; parts differ by at most one item."""
-    return range(count * rank // processes, count * (rank + 1) // processes)
+from stitchvm_reward.runs.geometry import share
 
 
 @dataclass(frozen=True)

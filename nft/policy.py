@@ -15,8 +15,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from nft import randomness
 from stitchvm_reward.errors import InputError, nearest
+from stitchvm_reward.runs import randomness
 
 ADAPTERS = ("current", "old", "ema")
 

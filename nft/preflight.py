@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from nft.config import Recipe
-from nft.run_folder import check_run_folder
 from nft.trainer import check_prompts
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import locate
 from stitchvm_reward.rewards import find_function
+from stitchvm_reward.runs.run_folder import check_run_folder
 
 
 def _check_model(model: str, parts: tuple[str, ...]) -> None:

@@ -8,8 +8,8 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.logging import disable_progress_bar, set_verbosity
 
-from nft import randomness
 from stitchvm_reward.errors import InputError, nearest
+from stitchvm_reward.runs import randomness
 
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from nft.config import Recipe
-from nft.launcher import make_accelerator
 from nft.preflight import check_recipe
-from nft.tracking import read_metrics
 from nft.trainer import Trainer
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.runs.launcher import make_accelerator
+from stitchvm_reward.runs.tracking import read_metrics
 
 CLOSE_SHARE = 0.02  # of the reference value
 CLOSE_LEAST = 0.01

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nft import randomness
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.diffusion.solvers import sigma_schedule, solve
+from stitchvm_reward.runs import randomness
 
 
 @dataclass

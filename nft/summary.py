@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nft.tracking import read_metrics
+from stitchvm_reward.runs.tracking import read_metrics
 
 
 def summary_lines(folder: Path) -> list[str]:

@@ -9,23 +9,24 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from nft import checkpoint, randomness
 from nft.advantage import advantages, collapsed_groups, optimality
 from nft.config import Recipe
 from nft.export import save_lora
-from nft.geometry import geometry_of, share
+from nft.geometry import geometry_of
 from nft.objective import nft_loss
 from nft.plan import work_lines
 from nft.policy import Policy
 from nft.prompts import epoch_prompts, read_prompts
 from nft.rollout import Rollout, roll_out, sample, training_levels
-from nft.run_folder import prepare_run_folder
 from nft.scoring import Scorer
-from nft.tracking import Timings, Tracker, before_after, curves
 from stitchvm_reward.diffusion.generator import Generator, PromptEmbeddings
 from stitchvm_reward.diffusion.path import bridge, per_sample
 from stitchvm_reward.diffusion.solvers import sigma_schedule
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.runs import checkpoint, randomness
+from stitchvm_reward.runs.geometry import share
+from stitchvm_reward.runs.run_folder import prepare_run_folder
+from stitchvm_reward.runs.tracking import Timings, Tracker, before_after, curves
 
 
 def check_prompts(recipe: Recipe) -> tuple[list[str], list[str]]:

@@ -8,6 +8,11 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from stitchvm_reward.errors import InputError
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether a name can only mean owner/name on the hub: it has that form and is no path here."""
+    return model.count("/") == 1 and not model.startswith((".", "~", "/")) and not Path(model).exists()
+
+
 def locate(model: str, patterns: tuple[str, ...]) -> Path:
     """The local folder of a model given as a folder or a hub id; of the latter, only files like `patterns` are fetched.
 

@@ -61,8 +61,8 @@ def make_trainer(overrides) -> Callable[..., Any]:
 
     def make(out: Path, *more: str):
         from nft.config import load_recipe
-        from nft.launcher import make_accelerator
         from nft.trainer import Trainer
+        from stitchvm_reward.runs.launcher import make_accelerator
 
         return Trainer(load_recipe(RECIPE, overrides(out, *more)), make_accelerator())
 

@@ -110,6 +110,23 @@ class PromptEmbeddings:
         return Conditions(tokens, torch.stack([item["pooled"] for item in found]).to(self.device))
 
 
+def load_vae(model: str, device: torch.device) -> AutoencoderKL:
+    """The frozen float32 autoencoder of a folder or a hub id. Raises InputError where there is none."""
+    folder = locate(model, ("vae/*",))
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model} has no autoencoder: {str(error).splitlines()[0]}") from None
+    return vae.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Clean latents (batch, channels, h, w), float32, of images in [0, 1]: the mode of the encoder's Gaussian."""
+    encoded = vae.encode(images.to(vae.device, torch.float32) * 2 - 1).latent_dist.mode()
+    return (encoded - vae.config.shift_factor) * vae.config.scaling_factor
+
+
 class Generator:
     """The frozen transformer and autoencoder of a Stable Diffusion 3 model.
 
@@ -132,12 +149,11 @@ class Generator:
             transformer = SD3Transformer2DModel.from_pretrained(
                 folder, subfolder="transformer", dtype=dtype, use_safetensors=True
             )
-            vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
             scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{model} is no Stable Diffusion 3 pipeline folder: {reason}") from None
-        return cls(transformer.to(device), vae.to(device), scheduler.config.shift, resolution)
+        return cls(transformer.to(device), load_vae(model, device), scheduler.config.shift, resolution)
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditions: Conditions, network: nn.Module | None = None):
         """Velocity (batch, channels, h, w) in the network's dtype at levels `sigma` in [0, 1], (batch,).

@@ -40,6 +40,11 @@ def bridge_velocity(anchor: Tensor, noise: Tensor, t: Tensor, tau: Tensor) -> Te
     return slope * anchor + variance_slope / (2 * sbar) * noise
 
 
+def noised(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """z_t = (1 - t) z_0 + t eps of (batch, ...) tensors at levels t, (batch,)."""
+    return torch.lerp(clean, noise, per_sample(t, clean))
+
+
 def denoised(latents: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     """Tweedie's estimate of the clean latent, z_t - t u."""
     return latents - t * velocity

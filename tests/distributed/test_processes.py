@@ -12,8 +12,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 
-from nft.launcher import make_accelerator
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.runs.launcher import make_accelerator
 
 WORKER = Path(__file__).with_name("worker.py")
 RECIPE = "recipes/shapes/aesthetic.yaml"

@@ -13,8 +13,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from nft.config import load_recipe
-from nft.launcher import make_accelerator
 from nft.trainer import Trainer
+from stitchvm_reward.runs.launcher import make_accelerator
 
 
 def main(plan: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from nft import preflight
-from nft.config import dump, load_recipe
+from nft.config import load_recipe
 from nft.prompts import read_prompts
+from stitchvm_reward.runs.recipe import dump
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")

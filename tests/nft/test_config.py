@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nft.config import dump, load_recipe
+from nft.config import load_recipe
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.runs.recipe import dump
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = {
@@ -49,7 +50,10 @@ def test_a_minimal_recipe_gets_the_published_defaults(load):
     assert recipe.rewards[0].kind == "clip" and recipe.rewards[0].weight == 1.0
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.yaml")), ids=lambda path: path.stem)
+POLICIES = [path for path in sorted(ROOT.glob("recipes/**/*.yaml")) if path.parent.name != "stitch"]
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
 def test_shipped_recipes_load_or_are_bases(path):
     if path.stem == "base":
         with pytest.raises(InputError, match=r"must also set out|must list at least one"):

@@ -4,12 +4,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-from nft import randomness
 from nft.prompts import epoch_prompts
-from nft.randomness import EVALUATION, ROLLOUT, TRAINING, noise
 from nft.rollout import roll_out, training_levels
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.diffusion.solvers import sigma_schedule
+from stitchvm_reward.runs import randomness
+from stitchvm_reward.runs.randomness import EVALUATION, ROLLOUT, TRAINING, noise
 
 SHAPE = (4, 8, 8)
 GRID = sigma_schedule(10)

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nft import checkpoint
-from nft.tracking import Tracker
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.runs import checkpoint
+from stitchvm_reward.runs.tracking import Tracker
 
 EPOCHS = 6
 # Two optimizer steps an epoch, so that old differs from current; evaluations fall on the ends of both halves.

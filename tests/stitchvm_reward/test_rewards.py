@@ -65,10 +65,12 @@ def test_clip_reward_is_the_cosine_of_the_models_own_embeddings(clip_folder, ima
 def test_clip_reward_embeds_each_text_once(clip_folder, images):
     reward = ClipReward(clip_folder, CPU)
     reward.score(images, PROMPTS)
-    kept = dict(reward._texts)
+    kept = dict(reward.texts._known)
     assert list(kept) == PROMPTS[:2]
     reward.score(images, [PROMPTS[1], "a green square on grey", PROMPTS[0]])
-    assert len(reward._texts) == 3 and all(reward._texts[text] is embedding for text, embedding in kept.items())
+    assert len(reward.texts._known) == 3 and all(
+        reward.texts._known[text] is embedding for text, embedding in kept.items()
+    )
 
 
 def test_clip_reward_cuts_a_text_that_is_too_long(clip_folder, images):

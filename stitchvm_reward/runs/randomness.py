@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ROLLOUT, LEVELS, TRAINING, EVALUATION, PROMPTS, ADAPTERS = range(6)
+ROLLOUT, LEVELS, TRAINING, EVALUATION, PROMPTS, ADAPTERS, STOPS, AUDIT, SPLIT, ORDER, PROBE = range(11)
 
 
 def at(seed: int, *address: int) -> torch.Generator:

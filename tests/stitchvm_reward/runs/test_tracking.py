@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nft.summary import summary_lines
-from nft.tracking import Timings, Tracker, before_after, curves, read_metrics
+from stitchvm_reward.runs.tracking import Timings, Tracker, before_after, curves, read_metrics
 
 
 def write(folder, rows):

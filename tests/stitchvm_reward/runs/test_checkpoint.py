@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nft import checkpoint
+from stitchvm_reward.runs import checkpoint
 from stitchvm_reward.errors import InputError
 
 

@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nft.config import Recipe, dump
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.runs.recipe import dump
 
 # What may change between a run and its continuation without changing what the run computes.
-FREE = ("out", "epochs", "checkpoint.", "evaluation.", "prompts.cache")
+FREE = ("out", "epochs", "checkpoint.", "evaluation.", "prompts.cache", "data.cache")
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
@@ -22,7 +22,7 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): content}
 
 
-def _difference(saved: str, recipe: Recipe) -> str | None:
+def _difference(saved: str, recipe: Any) -> str | None:
     """The first key in which a saved recipe differs from this one, told with both values."""
     theirs, ours = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (saved, dump(recipe)))
     for key in sorted(theirs.keys() | ours.keys()):
@@ -31,8 +31,11 @@ def _difference(saved: str, recipe: Recipe) -> str | None:
     return None
 
 
-def check_run_folder(recipe: Recipe) -> Path:
-    """Raise InputError unless the run can be written to `recipe.out`, fresh or as a continuation."""
+def check_run_folder(recipe: Any) -> Path:
+    """Raise InputError unless the run can be written to `recipe.out`, fresh or as a continuation.
+
+    Any recipe with the fields `out` and `checkpoint.resume` will do.
+    """
     folder = Path(recipe.out).expanduser()
     saved = folder / "recipe.yaml"
     if saved.is_file():
@@ -53,7 +56,7 @@ def check_run_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def prepare_run_folder(recipe: Recipe) -> Path:
+def prepare_run_folder(recipe: Any) -> Path:
     """Make the run folder and write the resolved recipe into it."""
     folder = check_run_folder(recipe)
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -69,6 +70,10 @@ class Tracker:
         """Show (count, 3, h, w) images in [0, 1], always of the same noise, side by side over epochs."""
         self.writer.add_images("held_out", images, epoch)
 
+    def figure(self, name: str, path: Path) -> None:
+        """Show a PNG file."""
+        self.writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), dataformats="HWC")
+
     def close(self) -> None:
         self.writer.close()
 
@@ -98,7 +103,7 @@ def curves(folder: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read_metrics(folder)
-    names = [name for row in rows for name in row if name.startswith(("held_out/", "reward/total", "train/old_dev"))]
+    names = [name for row in rows for name in row if name.startswith(("held_out/", "reward/total", "train/old_dev", "train/loss", "cosine/", "spearman/"))]
     names = [name for name in dict.fromkeys(names) if not name.endswith(("_std", "/total_std"))]
     columns = min(3, len(names))
     lines = -(-len(names) // columns)

@@ -28,3 +28,9 @@ def make_accelerator() -> Accelerator:
             "on CPUs run: torchrun --nproc-per-node N launch/nft.py RECIPE"
         )
     return accelerator
+
+
+def take_all_cores(accelerator: Accelerator) -> None:
+    """Give a lone process on the CPU all of its cores; accelerate's launcher leaves it one thread."""
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -1,0 +1,60 @@
+"""Build a stitched value model: accelerate launch launch/stitch.py RECIPE [key=value ...]"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# This file is called as a module of the repository: its root must come before this folder.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+from stitchvm_reward.errors import InputError  # noqa: E402
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/stitch.py",
+        description="Build a value model that scores noisy latents, as a recipe says.",
+        epilog="Example: accelerate launch launch/stitch.py recipes/stitch/shapes_aesthetic.yaml finetune.epochs=2",
+    )
+    parser.add_argument("recipe", help="a stitching recipe, such as recipes/stitch/shapes_aesthetic.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set, such as seed=1")
+    parser.add_argument("--search", action="store_true", help="only search which blocks fit, and draw the heat map")
+    return parser.parse_intermixed_args(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from stitchvm_reward.stitching.config import load_stitch_recipe
+
+    recipe = load_stitch_recipe(arguments.recipe, arguments.overrides)
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
+    from stitchvm_reward.stitching.build import build, check_stitch_recipe
+
+    check_stitch_recipe(recipe)
+    accelerator = make_accelerator()
+    take_all_cores(accelerator)
+    folder = build(recipe, accelerator, arguments.search)
+    if accelerator.is_main_process:
+        print(f"done: {folder}")
+    accelerator.end_training()
+
+
+def main() -> int:
+    try:
+        run(parse())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Stage 2: finetune the stitching layer and the reward's last blocks on unlabelled images (section 4.1, D.1)."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from stitchvm_reward.diffusion.path import noised
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.rewards.aesthetic import AestheticHead
+from stitchvm_reward.runs import checkpoint, randomness
+from stitchvm_reward.runs.geometry import share
+from stitchvm_reward.runs.tracking import Tracker
+from stitchvm_reward.stitching.config import StitchRecipe
+from stitchvm_reward.stitching.targets import Targets
+from stitchvm_reward.stitching.value_model import StitchedValueModel
+
+
+def clip_loss(states: Tensor, embedding: Tensor, states_wanted: Tensor, embedding_wanted: Tensor, weight: float):
+    """||e - e*||^2 + weight mean (h - h*)^2 per image, (batch,), for rewards that compare embeddings (section D.1)."""
+    tokens = (states - states_wanted).square().flatten(1).mean(1)
+    return (embedding - embedding_wanted).square().sum(1) + weight * tokens
+
+
+def aesthetic_loss(
+    states: Tensor,
+    embedding: Tensor,
+    states_wanted: Tensor,
+    embedding_wanted: Tensor,
+    weight: float,
+    head: AestheticHead,
+):
+    """Smooth L1 on tokens, embedding and score, per image, (batch,) (section D.1)."""
+    tokens = F.smooth_l1_loss(states, states_wanted, reduction="none").flatten(1).mean(1)
+    similar = F.smooth_l1_loss(embedding, embedding_wanted, reduction="none").mean(1)
+    score = F.smooth_l1_loss(head(embedding), head(embedding_wanted), reduction="none")
+    return weight * tokens + similar + score
+
+
+def draw_sigma(count: int, generator: torch.Generator, mean: float, std: float) -> Tensor:
+    """Noise levels in (0, 1), dense in the middle: sigmoid of a normal deviate."""
+    return torch.sigmoid(mean + std * torch.randn(count, generator=generator))
+
+
+class Distiller:
+    """Trains a value model's network against kept targets on the processes of `accelerator`; resumes bit for bit."""
+
+    def __init__(
+        self,
+        recipe: StitchRecipe,
+        accelerator: Accelerator,
+        model: StitchedValueModel,
+        targets: Targets,
+        conditions=None,
+    ):
+        self.recipe, self.accelerator, self.model, self.targets = recipe, accelerator, model, targets
+        self.conditions = conditions
+        self.main, tune = accelerator.is_main_process, recipe.finetune
+        order = torch.randperm(len(targets), generator=randomness.at(recipe.seed, randomness.SPLIT)).tolist()
+        self.held_out, self.train_indices = order[: recipe.data.held_out], order[recipe.data.held_out :]
+        self.steps_per_epoch = max(1, len(self.train_indices) // tune.batch)
+        network = model.network.train().requires_grad_(True)
+        groups = [
+            {"params": list(network.stitch.parameters()), "lr": tune.learning_rate * tune.layer_factor},
+            {"params": list(network.tail.parameters()), "lr": tune.learning_rate},
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=tune.weight_decay, fused=True)
+        self.network, self.optimizer = accelerator.prepare(network, optimizer)
+        name = "constant_with_warmup" if tune.schedule == "constant" else "cosine"
+        self.scheduler = get_scheduler(
+            name,
+            self.optimizer.optimizer,
+            num_warmup_steps=tune.warmup,
+            num_training_steps=self.steps_per_epoch * tune.epochs,
+        )
+        self.epoch = self.step = 0
+        self.readout = model.readout
+
+    def train(self, tracker: Tracker | None, folder) -> None:
+        """Run the remaining epochs; one row of metrics each."""
+        recipe = self.recipe
+        if self.epoch == 0 and tracker is not None:
+            tracker.log(0, 0, self.measure())
+        while self.epoch < recipe.finetune.epochs:
+            metrics = self._epoch()
+            self.epoch += 1
+            last = self.epoch == recipe.finetune.epochs
+            if tracker is not None and (last or self.epoch % recipe.evaluation.every == 0):
+                metrics |= self.measure()
+            if tracker is not None:
+                tracker.log(self.epoch, self.step, metrics)
+                shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith(("train", "spearman")))
+                tqdm.write(f"epoch {self.epoch}/{recipe.finetune.epochs}  {shown}")
+            if last or self.epoch % recipe.checkpoint.every == 0:
+                self.save(folder)
+
+    def _epoch(self) -> dict[str, float]:
+        recipe, tune = self.recipe, self.recipe.finetune
+        shuffle = randomness.at(recipe.seed, randomness.ORDER, self.epoch)
+        order = [self.train_indices[n] for n in torch.randperm(len(self.train_indices), generator=shuffle).tolist()]
+        total, bar = 0.0, tqdm(range(self.steps_per_epoch), leave=False, disable=not self.main, dynamic_ncols=True)
+        bar.set_description(f"epoch {self.epoch + 1} finetune")
+        for step in bar:
+            loss = self._optimizer_step(order[step * tune.batch : (step + 1) * tune.batch])
+            total += loss
+            bar.set_postfix(loss=f"{total / (step + 1):.4f}")
+        return {"train/loss": total / self.steps_per_epoch, "train/learning_rate": self.scheduler.get_last_lr()[-1]}
+
+    def _optimizer_step(self, indices: list[int]) -> float:
+        """One step on these images over all processes; gradients are reduced once."""
+        tune, accelerator = self.recipe.finetune, self.accelerator
+        micros = [indices[n : n + tune.micro_batch] for n in range(0, len(indices), tune.micro_batch)]
+        own = share(len(micros), accelerator.process_index, accelerator.num_processes)
+        rounds = -(-len(micros) // accelerator.num_processes)
+        total = torch.zeros(1, device=accelerator.device)
+        for turn in range(rounds):
+            real = own.start + turn < own.stop
+            micro = micros[own.start + turn] if real else micros[0][:1]
+            sync = turn == rounds - 1
+            with contextlib.nullcontext() if sync else accelerator.no_sync(self.network):
+                loss = self._loss(micro).sum() * float(real)
+                accelerator.backward(loss * accelerator.num_processes / len(indices))
+            total += loss.detach()
+        norm = accelerator.clip_grad_norm_(self.network.parameters(), tune.max_gradient_norm)
+        if not torch.isfinite(norm):
+            raise InputError(
+                f"the gradient is not finite at step {self.step + 1}: nothing was applied; "
+                "lower finetune.learning_rate and resume"
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return float(accelerator.reduce(total, "sum")) / len(indices)
+
+    def _loss(self, indices: list[int]) -> Tensor:
+        """Loss per image, each at its own noise level and noise."""
+        recipe, tune, device = self.recipe, self.recipe.finetune, self.accelerator.device
+        latents, embedding, states = (value.to(device) for value in self.targets.read(indices))
+        rows = [self.targets.rows[index] for index in indices]
+        draws = [randomness.at(recipe.seed, randomness.TRAINING, self.epoch, row) for row in rows]
+        sigma = torch.cat([draw_sigma(1, g, tune.sigma_mean, tune.sigma_std) for g in draws]).to(device)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws]).to(device)
+        features = self.features(noised(latents, noise, sigma), sigma, indices)
+        with torch.autocast(device.type, torch.bfloat16, enabled=tune.mixed_precision == "bf16"):
+            found_states, found = self.network(features)
+        if isinstance(self.readout, AestheticHead):
+            return aesthetic_loss(found_states, found, states, embedding, tune.token_weight, self.readout)
+        return clip_loss(found_states, found, states, embedding, tune.token_weight)
+
+    @torch.no_grad()
+    def features(self, noisy: Tensor, sigma: Tensor, indices: list[int]) -> Tensor:
+        """The frozen backbone's features; no gradient goes there."""
+        own = None if self.conditions is None else self.conditions(indices)
+        return self.model.features(noisy, sigma, own)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """On the held-out images, per noise level: cosine with the target embedding, and Spearman of the scores."""
+        from scipy.stats import spearmanr
+
+        network, found = self.accelerator.unwrap_model(self.network).eval(), {}
+        size, device = self.recipe.finetune.micro_batch, self.accelerator.device
+        for sigma in self.recipe.evaluation.sigmas:
+            cosines, scores, wanted = [], [], []
+            for start in range(0, len(self.held_out), size):
+                indices = self.held_out[start : start + size]
+                latents, target = (v.to(device) for v in self.targets.read(indices, ("latents", "embedding")))
+                rows = [self.targets.rows[index] for index in indices]
+                noise = randomness.noise(latents.shape[1:], self.recipe.seed, randomness.EVALUATION, 0, rows).to(device)
+                level = torch.full((len(indices),), sigma, device=device)
+                _, embedding = network(self.features(noised(latents, noise, level), level, indices))
+                cosines.append((embedding * target).sum(1).cpu())
+                if isinstance(self.readout, AestheticHead):
+                    scores.append(self.readout(embedding).cpu())
+                    wanted.append(self.readout(target).cpu())
+            found[f"cosine/sigma_{sigma:g}"] = float(torch.cat(cosines).mean())
+            if scores:
+                found[f"spearman/sigma_{sigma:g}"] = float(spearmanr(torch.cat(scores), torch.cat(wanted)).statistic)
+        network.train()
+        return found
+
+    def save(self, folder) -> None:
+        """Write a checkpoint of the network, the optimizer and the counters."""
+        if self.main:
+            network = self.accelerator.unwrap_model(self.network)
+            tensors = {
+                "network": dict(network.state_dict()),
+                "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer),
+            }
+            state = {"epoch": self.epoch, "step": self.step, "scheduler": self.scheduler.state_dict()}
+            name = f"epoch-{self.epoch:06d}"
+            checkpoint.save(folder / "checkpoints", name, tensors, state, self.recipe.checkpoint.keep)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, path) -> None:
+        """Go on from a checkpoint folder."""
+        tensors, state = checkpoint.load(path)
+        self.accelerator.unwrap_model(self.network).load_state_dict(tensors["network"])
+        checkpoint.load_optimizer(self.optimizer.optimizer, tensors["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.epoch, self.step = state["epoch"], state["step"]

@@ -57,7 +57,7 @@ class PromptsRecipe:
 @dataclass
 class RewardRecipe:
     kind: str = "aesthetic"
-    """aesthetic, clip or function."""
+    """aesthetic, clip, function, or value: a stitched value model, for rollouts that stop early."""
     weight: float = 1.0
     """Factor in the weighted sum."""
     model: str = ""
@@ -66,11 +66,15 @@ class RewardRecipe:
     """File, folder or hub id of the aesthetic head (aesthetic)."""
     function: str = ""
     """package.module:function taking (images, prompts) (function)."""
+    value_model: str = ""
+    """Folder that launch/stitch.py wrote (value). Images are judged by the reward that it was stitched from."""
 
     def __post_init__(self):
-        one_of("rewards.kind", self.kind, KINDS)
+        one_of("rewards.kind", self.kind, (*KINDS, "value"))
         require(math.isfinite(self.weight), "rewards.weight must be finite", self.weight)
-        if self.kind == "function":
+        if self.kind == "value":
+            require(bool(self.value_model), "a reward of kind value needs value_model: a folder", self.value_model)
+        elif self.kind == "function":
             require(":" in self.function, "a function reward needs function: package.module:function", self.function)
         else:
             require(bool(self.model), f"a reward of kind {self.kind} needs model: a CLIP folder or hub id", self.model)
@@ -79,7 +83,10 @@ class RewardRecipe:
 
     @property
     def name(self) -> str:
-        """What the reward is called in logs."""
+        """What the reward is called in logs; a value model goes by the run that made it."""
+        if self.kind == "value":
+            folder = Path(self.value_model)
+            return folder.parent.name if folder.name == "value_model" else folder.name
         return self.function.rpartition(":")[2] if self.kind == "function" else self.kind
 
 
@@ -95,6 +102,9 @@ class RolloutRecipe:
     """Solver steps of a full rollout."""
     solver: str = "euler"
     """euler (neutral: what evaluation uses) or dpm2 (second order; overshoots the data's spread at 10 steps)."""
+    stop_window: list[int] = field(default_factory=list)
+    """[first, last]: each group's rollouts stop after a number of steps drawn from it, and a value model scores the
+    noisy latents there; [12, 17] for 25 steps is the paper's. Empty: full rollouts, decoded and scored as images."""
 
     def __post_init__(self):
         at_least("rollout.groups", self.groups, 1)
@@ -106,6 +116,13 @@ class RolloutRecipe:
         at_least("rollout.micro_batch", self.micro_batch, 1)
         at_least("rollout.steps", self.steps, 2)
         one_of("rollout.solver", self.solver, SOLVERS)
+        if self.stop_window:
+            ordered = len(self.stop_window) == 2 and 1 <= self.stop_window[0] <= self.stop_window[-1] < self.steps
+            require(
+                ordered,
+                f"rollout.stop_window must be [first, last] with 1 <= first <= last < rollout.steps ({self.steps})",
+                self.stop_window,
+            )
 
 
 @dataclass
@@ -190,6 +207,29 @@ class EvaluationRecipe:
 
 
 @dataclass
+class AuditRecipe:
+    every: int = 0
+    """Epochs between audits of a value model: some stopped samples are rolled on to the image and scored by the true
+    reward. 0: never."""
+    samples: int = 32
+    """Samples of an audit, over all processes."""
+    on_drift: str = "warn"
+    """warn or stop, when value and true reward have come apart."""
+    least_spearman: float = 0.3
+    """They have when their rank correlation over the last three audits is below this."""
+    most_bias: float = 1.5
+    """Or when the mean value exceeds the mean true reward by so many of the true reward's standard deviations more
+    than in the first three audits."""
+
+    def __post_init__(self):
+        at_least("audit.every", self.every, 0)
+        at_least("audit.samples", self.samples, 8)
+        one_of("audit.on_drift", self.on_drift, ("warn", "stop"))
+        require(-1 <= self.least_spearman <= 1, "audit.least_spearman must be in [-1, 1]", self.least_spearman)
+        positive("audit.most_bias", self.most_bias)
+
+
+@dataclass
 class Recipe:
     """One run. A recipe file sets any of these; `base:` names a parent file, relative to it, that is read first."""
 
@@ -207,6 +247,7 @@ class Recipe:
     train: TrainRecipe = field(default_factory=TrainRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    audit: AuditRecipe = field(default_factory=AuditRecipe)
 
     def __post_init__(self):
         at_least("seed", self.seed, 0)
@@ -217,10 +258,21 @@ class Recipe:
         require(
             len(set(names)) == len(names), "every reward and metric needs a name of its own beside total", names[1:]
         )
-        most = self.rollout.steps if self.train.levels == "grid" else None
+        window, stopped = self.rollout.stop_window, {reward.kind == "value" for reward in self.rewards}
         require(
-            most is None or self.train.levels_per_sample <= most,
-            f"train.levels_per_sample must be at most rollout.steps ({most}) on the grid",
+            stopped == {bool(window)},
+            "rollout.stop_window and rewards of kind value need each other, and no reward of another kind beside them",
+            f"stop_window {window} with {', '.join(reward.kind for reward in self.rewards)}",
+        )
+        require(
+            bool(window) or self.audit.every == 0,
+            "audit.every must be 0 where rollouts are full: there is no value model to audit",
+            self.audit.every,
+        )
+        most = window[0] if window else self.rollout.steps
+        require(
+            self.train.levels == "continuous" or self.train.levels_per_sample <= most,
+            f"train.levels_per_sample must be at most the {most} solver levels that every sample has above its own",
             self.train.levels_per_sample,
         )
         batches = -(-self.rollout.groups * self.rollout.group_size // self.rollout.micro_batch)

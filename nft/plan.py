@@ -118,9 +118,11 @@ def work(recipe: Recipe, geometry: Geometry, found: Costs) -> dict[str, float]:
     shared_old = train.old_schedule == 0 and train.updates_per_epoch == 1
     extra = (0 if shared_old else 1) + (1 if train.beta_kl > 0 else 0)
     passes = samples * train.levels_per_sample
+    window = recipe.rollout.stop_window
+    steps = sum(window) / 2 if window else recipe.rollout.steps
     return {
-        "rollout": samples * recipe.rollout.steps * found.forward_flops / 1e12,
-        "decode": samples * found.decode_flops / 1e12,
+        "rollout": samples * steps * found.forward_flops / 1e12,
+        "decode": 0.0 if window else samples * found.decode_flops / 1e12,
         "train": passes * (found.training_flops + extra * found.forward_flops) / 1e12,
     }
 
@@ -137,7 +139,8 @@ def work_lines(recipe: Recipe, processes: int) -> list[str]:
         f"epoch        {rollout.groups} groups x {rollout.group_size} = {geometry.samples} samples, "
         f"in {geometry.batches} micro batches of {rollout.micro_batch}",
         f"processes    {processes}, with {shares_text} micro batches each",
-        f"rollout      {rollout.steps} {rollout.solver} steps without guidance",
+        f"rollout      {rollout.steps} {rollout.solver} steps without guidance"
+        + (f", stopped after {rollout.stop_window[0]} to {rollout.stop_window[1]}" if rollout.stop_window else ""),
         f"training     {choice} levels a sample, {train.space} space, beta {train.beta:g}, beta_kl {train.beta_kl:g}",
         f"updates      {train.updates_per_epoch} an epoch, {rounds * train.levels_per_sample} forward and backward "
         f"passes a process, gradients reduced {train.updates_per_epoch} times",

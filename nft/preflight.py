@@ -5,19 +5,38 @@ from pathlib import Path
 from nft.config import Recipe
 from nft.trainer import check_prompts
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.hub import locate
+from stitchvm_reward.hub import is_hub_id, locate
 from stitchvm_reward.rewards import find_function
 from stitchvm_reward.runs.run_folder import check_run_folder
+from stitchvm_reward.stitching.value_model import read_config
 
 
 def _check_model(model: str, parts: tuple[str, ...]) -> None:
     """Raise InputError for a local model folder that is missing or lacks a part; hub ids are met on loading."""
-    if model.count("/") == 1 and not model.startswith((".", "~", "/")) and not Path(model).exists():
+    if is_hub_id(model):
         return
     folder = locate(model, parts)
     for part in parts:
         if not (folder / part).exists():
             raise InputError(f"{folder} lacks {part}; a model folder must have {', '.join(parts)}")
+
+
+def check_value_model(folder: str, resolution: int) -> None:
+    """Raise InputError for a value model that is missing, telling how to build it, or of another image size."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        builders = [file for file in sorted(Path("recipes/stitch").glob("*.yaml")) if _builds(file, path)]
+        command = f"accelerate launch launch/stitch.py {builders[0] if builders else 'RECIPE'}"
+        raise InputError(f"value model not found: {folder}; build it with: {command}")
+    made_for = read_config(path)["resolution"]
+    if made_for != resolution:
+        raise InputError(
+            f"{folder} is for {made_for} px, model.resolution is {resolution}: stitch a value model for this size"
+        )
+
+
+def _builds(recipe: Path, folder: Path) -> bool:
+    return any(line.strip() == f"out: {folder.parent}" for line in recipe.read_text().splitlines())
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -29,6 +48,9 @@ def check_recipe(recipe: Recipe) -> None:
     for reward in recipe.rewards:
         if reward.kind == "function":
             find_function(reward.function)
+            continue
+        if reward.kind == "value":
+            check_value_model(reward.value_model, recipe.model.resolution)
             continue
         _check_model(reward.model, ("config.json",))
         if reward.head and not Path(reward.head).expanduser().exists() and reward.head.count("/") != 1:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stitchvm_reward.diffusion.generator import Conditions, Generator
-from stitchvm_reward.diffusion.solvers import sigma_schedule, solve
+from stitchvm_reward.diffusion.solvers import solve_each
 from stitchvm_reward.runs import randomness
 
 
@@ -35,22 +35,38 @@ class Rollout:
         return self.table.select(self.rows)
 
 
+def stop_step(seed: int, epoch: int, group: int, window: list[int]) -> int:
+    """The step at which a group's rollouts stop, uniform in the window [first, last] (Stitched Value Model, C.4).
+
+    Addressed by epoch and group, so every process draws the same.
+    """
+    first, last = window
+    return int(torch.randint(first, last + 1, (1,), generator=randomness.at(seed, randomness.STOPS, epoch, group)))
+
+
 @torch.no_grad()
 def sample(
     generator: Generator,
     network: nn.Module,
     conditions: Conditions,
-    noise: Tensor,
+    latents: Tensor,
     sigmas: list[float],
     solver: str,
+    stops: list[int] | None = None,
 ) -> Tensor:
-    """Solve from `noise` (batch, c, h, w) down all of `sigmas` without guidance; float32 latents."""
+    """Solve from `latents` (batch, c, h, w) at sigmas[0] down all of `sigmas`, or each sample down to its stop.
 
-    def velocity(latents: Tensor, sigma: float) -> Tensor:
+    Without guidance; float32 latents.
+    """
+
+    def velocity(latents: Tensor, sigma: float, rows: list[int]) -> Tensor:
         level = torch.full((len(latents),), sigma, device=latents.device)
-        return generator.velocity(latents, level, conditions, network)
+        whole = len(rows) == len(conditions.pooled)
+        own = conditions if whole else conditions.select(torch.tensor(rows, device=latents.device))
+        return generator.velocity(latents, level, own, network)
 
-    return solve(velocity, noise.to(generator.device), sigmas, solver)
+    stops = stops or [len(sigmas) - 1] * len(latents)
+    return solve_each(velocity, latents.to(generator.device), sigmas, solver, stops)
 
 
 def roll_out(
@@ -62,15 +78,28 @@ def roll_out(
     prompts: list[int],
     seed: int,
     epoch: int,
-    steps: int,
+    sigmas: list[float],
     solver: str,
+    stops: list[int],
 ) -> Rollout:
-    """Full rollouts of one micro batch, each sample from the noise at its own address."""
+    """Rollouts of one micro batch, each from the noise at its own address down to the level sigmas[stop]."""
     noise = randomness.noise(generator.latent_shape, seed, randomness.ROLLOUT, epoch, samples)
-    sigmas = sigma_schedule(steps, generator.shift)
-    latents = sample(generator, network, table.select(rows), noise, sigmas, solver)
-    tau = torch.zeros(len(samples), device=latents.device)
+    latents = sample(generator, network, table.select(rows), noise, sigmas, solver, stops)
+    tau = torch.tensor([sigmas[stop] for stop in stops], device=latents.device)
     return Rollout(samples, prompts, table, rows, latents, tau)
+
+
+def roll_on(
+    generator: Generator, network: nn.Module, rollout: Rollout, rows: list[int], sigmas: list[float], solver: str
+) -> Tensor:
+    """Take some stopped samples the rest of the way: clean latents (len(rows), c, h, w)."""
+    starts = [int((torch.tensor(sigmas) - float(rollout.tau[row])).abs().argmin()) for row in rows]
+    latents = rollout.anchor[rows].clone()
+    for start in sorted(set(starts)):
+        own = [place for place, found in enumerate(starts) if found == start]
+        conditions = rollout.table.select(rollout.rows[[rows[place] for place in own]])
+        latents[own] = sample(generator, network, conditions, latents[own], sigmas[start:], solver)
+    return latents
 
 
 def training_levels(
@@ -81,11 +110,12 @@ def training_levels(
     `grid`: the first `count` of a permutation of the solver's levels, one permutation per sample.
     `continuous`: uniform with t - tau >= .03.
     """
+    nearly = 1e-5  # tau is one of the levels, in single precision; the next level is much further
     rows = []
     for sample_index, stopped in zip(samples, tau, strict=True):
         generator = randomness.at(seed, randomness.LEVELS, epoch, sample_index)
         if kind == "grid":
-            above = torch.tensor([sigma for sigma in sigmas if sigma > stopped])
+            above = torch.tensor([sigma for sigma in sigmas if sigma > stopped + nearly])
             rows.append(above[torch.randperm(len(above), generator=generator)[:count]])
         else:
             least = stopped + 0.03

@@ -1,31 +1,59 @@
-"""The recipe's rewards and measures, loaded and applied by name."""
+"""The recipe's rewards and measures, loaded and applied by name: on images, and on noisy latents."""
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nft.config import Recipe
-from stitchvm_reward.rewards import FunctionReward, check_finite, load_reward
+from nft.config import Recipe, RewardRecipe
+from stitchvm_reward.diffusion.backbone import BackboneHead
+from stitchvm_reward.diffusion.generator import Generator
+from stitchvm_reward.rewards import FunctionReward, Reward, check_finite, load_reward
+from stitchvm_reward.stitching.value_model import load_value_models, read_config, score_all
+
+
+def _pixel_reward(reward: RewardRecipe, device: torch.device) -> Reward:
+    """The reward on images; of a value model, the one that it was stitched from."""
+    if reward.kind != "value":
+        return load_reward(reward.kind, reward.model, reward.head, reward.function, device)
+    stitched = read_config(Path(reward.value_model).expanduser())["reward"]
+    return load_reward(stitched["kind"], stitched["path"], stitched["head"], "", device)
 
 
 class Scorer:
-    """Scores images by every reward of a recipe and by their weighted sum, `total`."""
+    """Scores by every reward of a recipe and by their weighted sum, `total`."""
 
     def __init__(self, recipe: Recipe, device: torch.device):
         self.weights = {reward.name: reward.weight for reward in recipe.rewards}
-        self.rewards = {
-            reward.name: load_reward(reward.kind, reward.model, reward.head, reward.function, device)
-            for reward in recipe.rewards
-        }
+        self.rewards = {reward.name: _pixel_reward(reward, device) for reward in recipe.rewards}
         self.metrics = {name.rpartition(":")[2]: FunctionReward(name) for name in recipe.evaluation.metrics}
+        self.folders = {reward.name: reward.value_model for reward in recipe.rewards if reward.kind == "value"}
+        self.device = device
+
+    def load_values(self, generator: Generator) -> None:
+        """Load the value models on the generator's own blocks where they are stitched to those. Raises InputError."""
+        self.values = load_value_models(self.folders, self.device, BackboneHead(generator.transformer))
+        for model in self.values.values():
+            model.require_fit(generator)
+
+    def _total(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, values in scores.items():
+            check_finite(name, values)
+        total = sum(self.weights[name] * values.to(self.device) for name, values in scores.items())
+        return scores | {"total": torch.as_tensor(total)}
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """(batch,) float32 per reward, and `total`. Raises InputError naming a reward that is not finite."""
-        scores = {name: reward.score(images, prompts) for name, reward in self.rewards.items()}
-        for name, values in scores.items():
-            check_finite(name, values)
-        total = sum(self.weights[name] * values.to(images.device) for name, values in scores.items())
-        return scores | {"total": torch.as_tensor(total)}
+        """(batch,) float32 per reward on images, and `total`. Raises InputError naming one that is not finite."""
+        return self._total({name: reward.score(images, prompts) for name, reward in self.rewards.items()})
+
+    @torch.no_grad()
+    def value(self, latents: Tensor, tau: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """(batch,) float32 per value model on latents at levels tau (batch,), and `total`; as `score` otherwise.
+
+        The backbone's blocks must be run without adapters: the caller sees to it.
+        """
+        return self._total(score_all(self.values, latents, tau, prompts))
 
     @torch.no_grad()
     def measure(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:

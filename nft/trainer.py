@@ -10,23 +10,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nft.advantage import advantages, collapsed_groups, optimality
+from nft.audit import Audit, audited
 from nft.config import Recipe
 from nft.export import save_lora
 from nft.geometry import geometry_of
-from nft.objective import nft_loss
 from nft.plan import work_lines
 from nft.policy import Policy
 from nft.prompts import epoch_prompts, read_prompts
-from nft.rollout import Rollout, roll_out, sample, training_levels
+from nft.rollout import Rollout, roll_on, roll_out, sample, stop_step
 from nft.scoring import Scorer
+from nft.update import chosen_levels, rollout_loss
 from stitchvm_reward.diffusion.generator import Generator, PromptEmbeddings
-from stitchvm_reward.diffusion.path import bridge, per_sample
 from stitchvm_reward.diffusion.solvers import sigma_schedule
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint, randomness
 from stitchvm_reward.runs.geometry import share
 from stitchvm_reward.runs.run_folder import prepare_run_folder
 from stitchvm_reward.runs.tracking import Timings, Tracker, before_after, curves
+
+PHASES = ("rollout", "decode", "score", "audit", "train")  # what an epoch's time goes into
 
 
 def check_prompts(recipe: Recipe) -> tuple[list[str], list[str]]:
@@ -55,6 +57,8 @@ class Trainer:
         with self.timings.phase("encode"):
             self.embeddings = self._encode(dtype)
         self.generator = Generator.load(recipe.model.path, dtype, accelerator.device, recipe.model.resolution)
+        self.scorer.load_values(self.generator)
+        self.audit = Audit(recipe.audit)
         self.sigmas = sigma_schedule(rollout.steps, self.generator.shift)
         self.policy = Policy(
             self.generator.transformer, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.seed
@@ -101,7 +105,7 @@ class Trainer:
             self._log(self.evaluate(0))
         while self.epoch < last:
             rollouts = self.collect(self.epoch)
-            metrics = self.judge(rollouts)
+            metrics = self.judge(rollouts) | self.check_values(self.epoch, rollouts)
             metrics |= self.update(self.epoch, rollouts)
             self.policy.after_epoch(self.recipe.train.old_schedule, self.step)
             self.epoch += 1
@@ -116,7 +120,7 @@ class Trainer:
         self._finish()
 
     def collect(self, epoch: int) -> list[Rollout]:
-        """This process's rollouts of an epoch by the old policy, decoded and scored."""
+        """This process's rollouts of an epoch by the old policy, scored."""
         chosen = epoch_prompts(len(self.prompts), self.geometry.groups, self.recipe.seed, epoch)
         own = self.geometry.own(self.accelerator.process_index)
         if not own:
@@ -140,17 +144,67 @@ class Trainer:
                     prompts,
                     self.recipe.seed,
                     epoch,
-                    self.recipe.rollout.steps,
+                    self.sigmas,
                     self.recipe.rollout.solver,
+                    self._stops(epoch, samples),
                 )
-            with self.timings.phase("decode"):
-                images = self.generator.decode(rollout.anchor)
-            with self.timings.phase("score"):
-                rollout.rewards = self.scorer.score(images, texts)
+            rollout.rewards = self._score(rollout, texts)
             total, count = total + float(rollout.rewards["total"].sum()), count + len(samples)
             bar.set_postfix(reward=f"{total / count:.3f}")
             rollouts.append(rollout)
         return rollouts
+
+    def _stops(self, epoch: int, samples: list[int]) -> list[int]:
+        """After how many solver steps each sample's rollout ends: all of them, or its group's draw."""
+        rollout = self.recipe.rollout
+        if not rollout.stop_window:
+            return [rollout.steps] * len(samples)
+        groups = [n // rollout.group_size for n in samples]
+        return [stop_step(self.recipe.seed, epoch, group, rollout.stop_window) for group in groups]
+
+    def _score(self, rollout: Rollout, texts: list[str]) -> dict[str, Tensor]:
+        """Rewards by name: of decoded images, or of the noisy latents where rollouts stop early."""
+        if self.recipe.rollout.stop_window:
+            with self.timings.phase("score"), self.policy.using(None):
+                return self.scorer.value(rollout.anchor, rollout.tau, texts)
+        with self.timings.phase("decode"):
+            images = self.generator.decode(rollout.anchor)
+        with self.timings.phase("score"):
+            return self.scorer.score(images, texts)
+
+    def check_values(self, epoch: int, rollouts: list[Rollout]) -> dict[str, float]:
+        """Roll some stopped samples on to the image and compare their values with the true rewards there.
+
+        Raises InputError when the two have come apart and audit.on_drift says stop.
+        """
+        recipe = self.recipe.audit
+        if recipe.every == 0 or epoch % recipe.every:
+            return {}
+        chosen, solver = (
+            audited(self.geometry.samples, recipe.samples, self.recipe.seed, epoch),
+            self.recipe.rollout.solver,
+        )
+        parts: tuple[list, list] = [], []
+        with self.timings.phase("audit"):
+            for rollout in rollouts:
+                rows = [place for place, n in enumerate(rollout.samples) if n in chosen]
+                if not rows:
+                    continue
+                with self.policy.using("old"):
+                    latents = roll_on(self.generator, self.network, rollout, rows, self.sigmas, solver)
+                texts = [self.prompts[rollout.prompts[place]] for place in rows]
+                rewards = self.scorer.score(self.generator.decode(latents), texts)["total"]
+                for part, scores in zip(parts, (rollout.rewards["total"][rows], rewards)):
+                    part.append(([rollout.samples[place] for place in rows], scores))
+            values, rewards = (self._gather(part, self.geometry.samples)[sorted(chosen)].cpu() for part in parts)
+        figures = self.audit.add(values, rewards)
+        if (drift := self.audit.drift()) is not None:
+            told = f"audit in epoch {epoch + 1}: {drift}"
+            if recipe.on_drift == "stop":
+                raise InputError(f"{told}; the run stops here (audit.on_drift)")
+            if self.main:
+                tqdm.write(f"warning: {told}")
+        return figures
 
     def _gather(self, parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:
         """Values of all processes' items in one (count, ...) tensor, from (indices, values) parts."""
@@ -208,11 +262,13 @@ class Trainer:
         sums = torch.zeros(4, device=self.accelerator.device)
         for index in range(rounds):
             rollout = batches[index] if index < len(batches) else self._empty()
-            chosen = self._levels(epoch, rollout)
+            chosen = chosen_levels(self.recipe, rollout, self.sigmas, epoch)
             for level in range(levels):
                 last = index == rounds - 1 and level == levels - 1
                 with contextlib.nullcontext() if last else self.accelerator.no_sync(self.network):
-                    loss, parts = self._loss(epoch, rollout, chosen[:, level], level)
+                    loss, parts = rollout_loss(
+                        self.recipe, self.generator, self.network, self.policy, rollout, chosen[:, level], epoch, level
+                    )
                     # Gradients are averaged over processes; the sum over all samples is wanted.
                     self.accelerator.backward(loss * self.accelerator.num_processes / terms)
                 sums[:3] += parts
@@ -231,14 +287,6 @@ class Trainer:
         reduced[3] = norm
         return reduced
 
-    def _levels(self, epoch: int, rollout: Rollout) -> Tensor:
-        train = self.recipe.train
-        tau = rollout.tau.tolist()
-        chosen = training_levels(
-            rollout.samples, tau, self.sigmas, train.levels_per_sample, train.levels, self.recipe.seed, epoch
-        )
-        return chosen.to(rollout.anchor.device)
-
     def _empty(self) -> Rollout:
         """A stand-in of weight zero, so that every process runs the network equally often."""
         device = self.accelerator.device
@@ -246,45 +294,6 @@ class Trainer:
         anchor = torch.zeros(1, *self.generator.latent_shape, device=device)
         zero = torch.zeros(1, device=device)
         return Rollout([0], [0], table, row, anchor, zero, optimality=zero, weight=0.0)
-
-    def _loss(self, epoch: int, rollout: Rollout, t: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """Summed loss of one micro batch at one level a sample, and the sums of its terms without gradient."""
-        train, anchor, conditions = self.recipe.train, rollout.anchor, rollout.conditions
-        shape = self.generator.latent_shape
-        noise = randomness.noise(shape, self.recipe.seed, randomness.TRAINING, epoch, rollout.samples, level).to(
-            anchor.device
-        )
-        kept, added = bridge(per_sample(t, anchor), per_sample(rollout.tau, anchor))
-        noisy = kept * anchor + added * noise
-        velocity = self.generator.velocity(noisy, t, conditions, self.network)
-        old = (
-            self._frozen_velocity("old", noisy, t, conditions) if not self.policy.old_is_current else velocity.detach()
-        )
-        reference = self._frozen_velocity(None, noisy, t, conditions) if train.beta_kl > 0 else None
-        assert rollout.optimality is not None
-        terms = nft_loss(
-            velocity,
-            old,
-            reference,
-            anchor,
-            noise,
-            noisy,
-            t,
-            rollout.tau,
-            rollout.optimality,
-            train.beta,
-            train.space,
-        )
-        loss = (terms.policy + train.beta_kl * terms.kl).sum() * rollout.weight
-        parts = (
-            torch.stack([terms.policy.detach().sum(), terms.kl.detach().sum(), terms.deviation.sum()]) * rollout.weight
-        )
-        return loss, parts
-
-    @torch.no_grad()
-    def _frozen_velocity(self, adapter: str | None, noisy: Tensor, t: Tensor, conditions) -> Tensor:
-        with self.policy.using(adapter):
-            return self.generator.velocity(noisy, t, conditions, self.network)
 
     @torch.no_grad()
     def images(self, adapter: str | None, indices: list[int]) -> Tensor:
@@ -325,7 +334,9 @@ class Trainer:
 
     def _log(self, metrics: dict[str, float], optimality_now: Tensor | None = None) -> None:
         metrics |= self.timings.take()
-        seconds = sum(metrics.get(f"seconds/{phase}", 0.0) for phase in ("rollout", "decode", "score", "train"))
+        seconds = sum(
+            metrics.get(f"seconds/{phase}", 0.0) for phase in ("rollout", "decode", "score", "audit", "train")
+        )
         if seconds:
             metrics["images_per_second"] = self.geometry.samples / seconds
         if self.tracker is not None:
@@ -345,6 +356,7 @@ class Trainer:
                     "step": self.step,
                     "old_is_current": self.policy.old_is_current,
                     "scheduler": self.scheduler.state_dict(),
+                    "audit": self.audit.state_dict(),
                 }
                 tensors = {
                     "adapters": self.policy.state_dict(),
@@ -364,6 +376,7 @@ class Trainer:
         self.policy.old_is_current = state["old_is_current"]
         checkpoint.load_optimizer(self.optimizer.optimizer, tensors["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.audit.load_state_dict(state["audit"])
         # A scheduler writes its rate only when it steps; until then the groups would hold a fresh run's.
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

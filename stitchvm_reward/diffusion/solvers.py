@@ -59,16 +59,39 @@ def solve(
     `velocity(latents, sigma)` gives the network's velocity at one level. The solver's first step, and the last
     one onto level 0, are first order. Raises ValueError for an unknown solver.
     """
+    steps = len(sigmas) - 1 if stop is None else stop
+    return solve_each(lambda z, sigma, _: velocity(z, sigma), latents, sigmas, solver, [steps] * len(latents))
+
+
+def solve_each(
+    velocity: Callable[[Tensor, float, list[int]], Tensor],
+    latents: Tensor,
+    sigmas: list[float],
+    solver: str,
+    stops: list[int],
+) -> Tensor:
+    """As `solve`, each sample down to its own level sigmas[stops[n]]; a sample that has arrived is not run on.
+
+    `velocity(latents, sigma, rows)` is asked for the samples `rows` that are still on their way.
+    """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    latents = latents.float()
-    before, previous = None, None
-    for sigma, following in list(zip(sigmas, sigmas[1:]))[:stop]:
-        predicted = velocity(latents, sigma).float()
+    latents, rows = latents.float(), list(range(len(latents)))
+    arrived, before, previous = latents.clone(), None, None
+    for step, (sigma, following) in enumerate(zip(sigmas, sigmas[1:])):
+        kept = [place for place, row in enumerate(rows) if stops[row] > step]
+        if len(kept) < len(rows):
+            arrived[rows] = latents
+            latents, rows = latents[kept], [rows[place] for place in kept]
+            previous = None if previous is None else previous[kept]
+        if not rows:
+            break
+        predicted = velocity(latents, sigma, rows).float()
         if solver == "euler":
             latents = euler_step(latents, predicted, sigma, following)
         else:
             clean = latents - sigma * predicted
             latents = dpm2_step(latents, clean, previous, (before, sigma, following))
             before, previous = sigma, clean
-    return latents
+    arrived[rows] = latents
+    return arrived

@@ -35,6 +35,6 @@ class StitchingLayer(nn.Module):
         self.linear.bias.data.copy_(bias)  # type: ignore[union-attr]
 
     def forward(self, features: Tensor) -> Tensor:
-        """(batch, width_out, side, side) of (batch, width_in, h, w) in the layer's dtype; F before Up, which commute."""
+        """(batch, width_out, side, side) of (batch, width_in, h, w) in its dtype; F comes before Up, which commute."""
         stitched = resample(self.linear(features.to(self.linear.weight.dtype)), self.side)
         return stitched + self.residual(stitched)

@@ -163,7 +163,7 @@ class StitchedValueModel:
         if backbone is None:
             dtype = backbone_dtype or getattr(torch, own["dtype"])
             backbone = load_backbone(own["path"], own["block"], dtype, device)
-        if backbone.blocks < own["block"] or not _alike(backbone.signature(own["block"]), own["signature"]):
+        if not is_stitched_to(own, backbone):
             raise InputError(f"{folder} was stitched to another backbone ({own['path']}); give that one")
         try:
             tensors = load_file(folder / WEIGHTS)
@@ -213,20 +213,29 @@ def read_config(folder: Path) -> dict[str, Any]:
 def load_value_models(
     folders: dict[str, str], device: torch.device | str, backbone: BackboneHead | None = None
 ) -> dict[str, StitchedValueModel]:
-    """Load several value models; those of one backbone get the same blocks, loaded once, or those of `backbone`."""
+    """Load several value models; those of one backbone share its blocks, loaded once.
+
+    Those that were stitched to `backbone` use its blocks and load none.
+    """
     configs = {name: read_config(Path(folder).expanduser())["backbone"] for name, folder in folders.items()}
     deepest: dict[tuple[str, str], int] = {}
     for own in configs.values():
-        key = (own["path"], own["dtype"])
-        deepest[key] = max(deepest.get(key, 0), own["block"])
-    shared = {
-        key: backbone or load_backbone(key[0], blocks, getattr(torch, key[1]), torch.device(device))
-        for key, blocks in deepest.items()
-    }
-    return {
-        name: StitchedValueModel.from_pretrained(folder, device, shared[configs[name]["path"], configs[name]["dtype"]])
-        for name, folder in folders.items()
-    }
+        deepest[own["path"], own["dtype"]] = max(deepest.get((own["path"], own["dtype"]), 0), own["block"])
+    loaded: dict[tuple[str, str], BackboneHead] = {}
+    models = {}
+    for name, folder in folders.items():
+        own, key = configs[name], (configs[name]["path"], configs[name]["dtype"])
+        chosen = backbone if backbone is not None and is_stitched_to(own, backbone) else loaded.get(key)
+        if chosen is None:
+            chosen = load_backbone(own["path"], deepest[key], getattr(torch, own["dtype"]), torch.device(device))
+            loaded[key] = chosen
+        models[name] = StitchedValueModel.from_pretrained(folder, device, chosen)
+    return models
+
+
+def is_stitched_to(own: dict[str, Any], backbone: BackboneHead) -> bool:
+    """Whether a value model's backbone section of config.json speaks of this network."""
+    return backbone.blocks >= own["block"] and _alike(backbone.signature(own["block"]), own["signature"])
 
 
 def levels(sigma: Tensor | float, latents: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def test_a_lone_sample_per_group_is_refused_with_the_reason(load):
 
 def test_more_levels_than_solver_steps_are_refused_on_the_grid_alone(load):
     overrides = ["rollout.steps=4", "train.levels_per_sample=5"]
-    refused(load, "train.levels_per_sample must be at most rollout.steps (4)", "got 5", overrides=overrides)
+    refused(load, "train.levels_per_sample must be at most the 4 solver levels", "got 5", overrides=overrides)
     assert load(MINIMAL, *overrides, "train.levels=continuous").train.levels_per_sample == 5
 
 
@@ -242,3 +242,24 @@ def test_a_recipe_that_is_no_recipe_is_refused(load, content):
 @pytest.mark.parametrize("override", ["epochs", "=3", "epochs=", "epochs=[", ".=1", "train..beta=1", "train[=1"])
 def test_a_malformed_override_is_refused(load, override):
     refused(load, overrides=[override])
+
+
+VALUE = [{"kind": "value", "value_model": "runs/stitch/some/value_model"}]
+
+
+@pytest.mark.parametrize("window", ["[2,4]", "[3,2]", "[0,2]", "[2]", "[1,2,3]"])
+def test_a_stop_window_outside_the_schedule_or_reaching_its_last_step_is_refused(load, window):
+    content = MINIMAL | {"rewards": VALUE, "rollout": {"steps": 4}}
+    overrides = [f"rollout.stop_window={window}"]
+    refused(load, "rollout.stop_window must be [first, last]", content=content, overrides=overrides)
+
+
+def test_stop_windows_and_value_models_need_each_other(load):
+    refused(load, "need each other", overrides=["rollout.stop_window=[2,3]", "rollout.steps=4"])
+    refused(load, "need each other", content=MINIMAL | {"rewards": VALUE})
+    window = MINIMAL | {"rollout": {"steps": 4, "stop_window": [2, 3]}}
+    refused(load, "need each other", content=window | {"rewards": [*MINIMAL["rewards"], *VALUE]})
+    assert load(window | {"rewards": VALUE}).rewards[0].name == "some"
+    levels = ["train.levels_per_sample=3"]
+    refused(load, "at most the 2 solver levels", content=window | {"rewards": VALUE}, overrides=levels)
+    refused(load, "audit.every must be 0", overrides=["audit.every=2"])

@@ -5,9 +5,9 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
 from nft.prompts import epoch_prompts
-from nft.rollout import roll_out, training_levels
+from nft.rollout import roll_on, roll_out, stop_step, training_levels
 from stitchvm_reward.diffusion.generator import Conditions, Generator
-from stitchvm_reward.diffusion.solvers import sigma_schedule
+from stitchvm_reward.diffusion.solvers import sigma_schedule, solve
 from stitchvm_reward.runs import randomness
 from stitchvm_reward.runs.randomness import EVALUATION, ROLLOUT, TRAINING, noise
 
@@ -137,12 +137,80 @@ def test_a_rollout_does_not_depend_on_its_micro_batch(solver):
 
     def rolled(samples):
         rows = torch.tensor(samples)
-        return roll_out(generator, generator.transformer, table, rows, samples, samples, 0, 1, 4, solver)
+        sigmas, stops = sigma_schedule(4), [4] * len(samples)
+        return roll_out(generator, generator.transformer, table, rows, samples, samples, 0, 1, sigmas, solver, stops)
 
     together, alone = rolled([0, 1, 2]), rolled([2])
     assert generator.latent_shape == SHAPE and together.anchor.dtype == torch.float32
     assert torch.equal(together.tau, torch.zeros(3)) and not together.anchor.requires_grad
     torch.testing.assert_close(alone.anchor, together.anchor[2:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm2"])
+def test_a_rollout_stopped_at_k_is_the_first_k_steps_of_a_full_one_bit_for_bit(solver):
+    generator = tiny_generator()
+    table = Conditions(noise((5, 32), 0, 9, 0, [0, 1, 2]), noise((32,), 0, 9, 1, [0, 1, 2]))
+    sigmas, start = sigma_schedule(6), noise(SHAPE, 0, ROLLOUT, 1, [0, 1, 2])
+
+    def velocity(latents, sigma):
+        return generator.velocity(latents, torch.full((3,), sigma), table)
+
+    full = [start]  # what an ordinary run holds after each step
+    for stop in range(1, 7):
+        with torch.no_grad():
+            full.append(solve(velocity, start, sigmas, solver, stop))
+    rows = torch.arange(3)
+    for stop in range(1, 7):
+        stopped = roll_out(
+            generator, generator.transformer, table, rows, [0, 1, 2], [0, 1, 2], 0, 1, sigmas, solver, [stop] * 3
+        )
+        assert torch.equal(stopped.anchor, full[stop])
+        assert torch.equal(stopped.tau, torch.tensor([sigmas[stop]] * 3))
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm2"])
+def test_samples_that_stop_at_different_steps_share_a_batch_and_are_not_run_on(solver):
+    generator, asked = tiny_generator(), []
+    table = Conditions(noise((5, 32), 0, 9, 0, [0, 1, 2]), noise((32,), 0, 9, 1, [0, 1, 2]))
+    sigmas, stops, rows = sigma_schedule(6), [4, 2, 5], torch.arange(3)
+    network = generator.transformer
+    network.register_forward_pre_hook(lambda _, __, given: asked.append(len(given["hidden_states"])), with_kwargs=True)
+
+    def rolled(samples, chosen):
+        return roll_out(
+            generator, network, table, torch.tensor(samples), samples, samples, 0, 1, sigmas, solver, chosen
+        ).anchor
+
+    together = rolled([0, 1, 2], stops)
+    assert asked == [3, 3, 2, 2, 1]
+    for row, stop in zip(rows.tolist(), stops):
+        torch.testing.assert_close(rolled([row], [stop])[0], together[row], rtol=1e-4, atol=1e-5)
+
+
+def test_stopped_samples_rolled_on_reach_what_full_rollouts_reach():
+    generator = tiny_generator()
+    table = Conditions(noise((5, 32), 0, 9, 0, [0, 1, 2]), noise((32,), 0, 9, 1, [0, 1, 2]))
+    sigmas, rows, network = sigma_schedule(6), torch.arange(3), generator.transformer
+
+    def rolled(stops):
+        return roll_out(generator, network, table, rows, [0, 1, 2], [0, 1, 2], 0, 1, sigmas, "euler", stops)
+
+    onward = roll_on(generator, network, rolled([4, 2, 5]), [2, 0, 1], sigmas, "euler")
+    torch.testing.assert_close(onward, rolled([6, 6, 6]).anchor[[2, 0, 1]], rtol=1e-4, atol=1e-5)
+
+
+def test_the_stop_is_shared_by_a_group_and_covers_the_window():
+    drawn = [stop_step(0, epoch, 3, [12, 17]) for epoch in range(200)]
+    assert set(drawn) == set(range(12, 18)) and drawn[7] == stop_step(0, 7, 3, [12, 17])
+    assert len({tuple(stop_step(0, epoch, group, [12, 17]) for epoch in range(20)) for group in range(5)}) == 5
+
+
+def test_training_levels_lie_above_the_stop_although_it_is_kept_in_single_precision():
+    sigmas = sigma_schedule(25)
+    for stop in range(1, 25):
+        tau = float(torch.tensor(sigmas[stop]))
+        found = training_levels([5], [tau], sigmas, stop, "grid", 0, 0)
+        assert sorted(found[0].tolist(), reverse=True) == torch.tensor(sigmas[:stop]).tolist()
 
 
 def test_decoded_images_are_pictures():

@@ -1,0 +1,91 @@
+"""Runs on stopped rollouts: scored by a value model, audited, resumed, and refused where they make no sense."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nft.config import load_recipe
+from nft.preflight import check_recipe, check_value_model
+from stitchvm_reward.errors import InputError
+
+RECIPE = "recipes/shapes/aesthetic.yaml"
+
+
+@pytest.fixture(scope="session")
+def stopped(aesthetic_folder):
+    """stopped(folder) -> overrides that make a recipe stop early and score by that value model."""
+
+    def of(folder=aesthetic_folder):
+        return (
+            f"rewards=[{{kind: value, value_model: {folder}}}]",
+            "rollout.stop_window=[1,2]",
+            "audit.every=1",
+            "audit.samples=8",
+            "audit.least_spearman=-1",
+            "audit.most_bias=1e6",
+        )
+
+    return of
+
+
+def test_a_run_on_stopped_rollouts_trains_audits_and_evaluates_on_images(train, tmp_path, stopped, rows):
+    trainer = train(tmp_path / "run", *stopped(), "epochs=2")
+    first, *rest = rows(tmp_path / "run")
+    assert "held_out/aesthetic" in first and first["held_out/aesthetic"] != 0
+    for row in rest:
+        assert {"audit/spearman", "audit/bias", "audit/slope", "audit/value", "audit/reward"} <= row.keys()
+    assert rest[1]["train/old_deviation"] >= 0 and rest[0]["train/gradient_norm"] > 0
+    rollouts = trainer.collect(0)
+    assert {float(t) for r in rollouts for t in r.tau} <= {float(torch.tensor(trainer.sigmas[k])) for k in (1, 2)}
+    assert trainer.scorer.values["aesthetic"].backbone.network is trainer.generator.transformer
+
+
+def test_values_do_not_depend_on_the_adapters(make_trainer, tmp_path, stopped):
+    trainer = make_trainer(tmp_path / "run", *stopped())
+    before = torch.cat([r.rewards["total"] for r in trainer.collect(0)])
+    with torch.no_grad():
+        for tensor in trainer.policy.tensors("current").values():
+            tensor.add_(0.1)
+    trainer.policy.old_is_current = False
+    assert torch.equal(before, torch.cat([r.rewards["total"] for r in trainer.collect(0)]))
+
+
+def test_a_stopped_run_resumes_bit_for_bit(train, tmp_path, stopped, digests, rows):
+    train(tmp_path / "straight", *stopped(), "epochs=3")
+    train(tmp_path / "broken", *stopped(), "epochs=1")
+    train(tmp_path / "broken", *stopped(), "epochs=3")
+    assert digests(tmp_path / "broken", 3) == digests(tmp_path / "straight", 3)
+    assert rows(tmp_path / "broken")[-1] == rows(tmp_path / "straight")[-1]
+
+
+def test_drift_stops_the_run_with_one_line(train, tmp_path, stopped):
+    with pytest.raises(InputError, match=r"audit in epoch 1: .*the run stops here \(audit.on_drift\)"):
+        train(tmp_path / "run", *stopped(), "audit.least_spearman=1", "audit.on_drift=stop", "epochs=2")
+
+
+def test_a_missing_value_model_is_answered_with_the_command_that_builds_it(tmp_path, monkeypatch):
+    (tmp_path / "recipes/stitch").mkdir(parents=True)
+    (tmp_path / "recipes/stitch/mine.yaml").write_text("base: shapes.yaml\nout: runs/stitch/mine\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"build it with: accelerate launch launch/stitch\.py recipes/stitch/mine\.yaml"
+    ):
+        check_value_model("runs/stitch/mine/value_model", 64)
+
+
+def test_a_value_model_of_another_size_is_refused_before_anything_is_loaded(overrides, tmp_path, stopped):
+    recipe = load_recipe(RECIPE, overrides(tmp_path / "run", *stopped(), "model.resolution=128"))
+    with pytest.raises(InputError, match=r"is for 64 px, model\.resolution is 128"):
+        check_recipe(recipe)
+
+
+def test_a_value_model_that_is_cut_short_is_refused(make_trainer, tmp_path, stopped, aesthetic_folder):
+    shutil.copytree(aesthetic_folder, tmp_path / "value_model")
+    tensors = load_file(tmp_path / "value_model/model.safetensors")
+    tensors.pop("null.pooled")
+    save_file(tensors, tmp_path / "value_model/model.safetensors")
+    with pytest.raises(InputError, match="is damaged"):
+        make_trainer(tmp_path / "run", *stopped(tmp_path / "value_model"))
+    assert not (tmp_path / "run").exists()

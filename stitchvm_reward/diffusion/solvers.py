@@ -43,6 +43,19 @@ def dpm2_step(
     return ratio * latents + ((1 - following) - ratio * (1 - sigma)) * clean
 
 
+def ancestral_step(latents: Tensor, clean: Tensor, noise: Tensor, sigma: float, following: float) -> Tensor:
+    """One stochastic step: a draw from q(z_s | z_t, z_0) at s = `following` < t = `sigma`, with z_0 = `clean`.
+
+    Of the Markov chain z_t = abar z_s + sbar eps with the path's own marginals (`path.bridge`), so it is finite from
+    t = 1 down to s = 0, where it returns `clean`. The posterior is Gaussian with mean
+    ((1 - s) sbar^2 z_0 + abar s^2 z_t) / t^2 and standard deviation s sbar / t.
+    """
+    abar = (1 - sigma) / (1 - following)
+    variance = sigma**2 - (abar * following) ** 2
+    mean = ((1 - following) * variance * clean + abar * following**2 * latents) / sigma**2
+    return mean + following * math.sqrt(variance) / sigma * noise
+
+
 def _log_ratio(sigma: float) -> float:
     return math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf
 

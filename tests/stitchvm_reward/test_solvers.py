@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from stitchvm_reward.diffusion.solvers import dpm2_step, euler_step, sigma_schedule, solve
+from stitchvm_reward.diffusion.solvers import ancestral_step, dpm2_step, euler_step, sigma_schedule, solve
 
 TEN = "1 .960129 .913349 .857692 .790368 .707278 .602151 .464876 .278049 .008929 0"
 TWENTY_FIVE = (
@@ -91,3 +91,16 @@ def test_state_is_float32_whatever_the_network_gives(solver):
 def test_unknown_solver_is_refused():
     with pytest.raises(ValueError, match=r"euler, dpm2.*'heun'"):
         solve(gaussian_velocity, torch.ones(1), sigma_schedule(4), "heun")
+
+
+def test_an_ancestral_step_keeps_the_marginals_and_ends_at_the_clean_latent():
+    random = torch.Generator().manual_seed(0)
+    clean = torch.randn(200_000, generator=random, dtype=torch.float64)
+    first, second, third = (torch.randn(clean.shape, generator=random, dtype=torch.float64) for _ in range(3))
+    noisy = 0.2 * clean + 0.8 * first
+    stepped = ancestral_step(noisy, clean, second, 0.8, 0.3)
+    left = stepped - 0.7 * clean  # what is not the clean latent must be noise of level .3, and independent of it
+    assert float(left.std()) == pytest.approx(0.3, rel=0.01) and abs(float((left * clean).mean())) < 0.003
+    assert float((left * first).mean()) > 0.02  # some of the noise is the old one
+    torch.testing.assert_close(ancestral_step(stepped, clean, third, 0.3, 0.0), clean)
+    assert ancestral_step(first, clean, second, 1.0, 0.9).isfinite().all()

@@ -182,7 +182,9 @@ class Builder:
     def model(self, probe: Probe, block: int, reward_block: int) -> StitchedValueModel:
         """The stitched model of a pair of blocks as the search leaves it, before finetuning."""
         recipe = self.recipe
-        network = ValueNetwork(self.head.width(block), RewardTail(self.tower.clip, reward_block))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(randomness.at(recipe.seed, randomness.ADAPTERS).initial_seed())
+            network = ValueNetwork(self.head.width(block), RewardTail(self.tower.clip, reward_block))
         solution, class_state, offsets = start(probe, block, reward_block)
         network.stitch.set_linear(solution)
         if class_state is not None and offsets is not None:

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
 
-from miniature import checker, clip, scenes, vae, wording
+from miniature import checker, clip, reward, scenes, vae, wording
 from miniature.generator import Generator, decode, sample
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -35,7 +35,7 @@ def load_generator(folder: Path) -> Generator:
 
 def assemble(folder: Path, weights: Path) -> None:
     """Write weights/sd3 (a StableDiffusion3Pipeline), weights/clip (CLIPModel) and weights/aesthetic."""
-    towers, reward, generator = load_towers(folder), load_towers(folder, "reward"), load_generator(folder)
+    towers, judge, generator = load_towers(folder), load_towers(folder, "reward"), load_generator(folder)
     text_config = CLIPTextConfig(**towers.clip.config.text_config.to_dict() | {"projection_dim": clip.PROJECTION})
     first = CLIPTextModelWithProjection(text_config)
     first.text_model.load_state_dict(towers.clip.text_model.state_dict())
@@ -52,12 +52,12 @@ def assemble(folder: Path, weights: Path) -> None:
         tokenizer_3=wording.t5_tokenizer(),
     )
     pipeline.to(torch.float16).save_pretrained(weights / "sd3")
-    reward.clip.half().save_pretrained(weights / "clip")
+    judge.clip.half().save_pretrained(weights / "clip")
     wording.clip_tokenizer().save_pretrained(weights / "clip")
     side = {"height": scenes.SIZE, "width": scenes.SIZE}
     CLIPImageProcessor(size={"shortest_edge": scenes.SIZE}, crop_size=side).save_pretrained(weights / "clip")
     (weights / "aesthetic").mkdir(parents=True, exist_ok=True)
-    clip.save_head(reward.head, weights / "aesthetic" / "model.safetensors")
+    clip.save_head(judge.head, weights / "aesthetic" / "model.safetensors")
 
 
 def grid(images: torch.Tensor, columns: int, path: Path) -> None:
@@ -73,13 +73,17 @@ def grid(images: torch.Tensor, columns: int, path: Path) -> None:
 def measure(folder: Path) -> None:
     """Assemble the weights, then measure them as loaded: the quality table (JSON) and a grid of samples."""
     assemble(folder, WEIGHTS)
-    towers, generator, autoencoder = load_towers(folder), load_generator(folder), load_vae(folder)
-    found = {"vae": vae.quality(autoencoder, scenes.draw_scenes(500, 911, True)), "clip": clip.quality(towers)}
+    towers, judge = load_towers(folder), load_towers(folder, "reward")
+    generator, autoencoder = load_generator(folder), load_vae(folder)
+    found = {"vae": vae.quality(autoencoder, scenes.draw_scenes(500, 911, True)), "clip": reward.quality(judge)}
+    found["clip"].pop("recall_second")  # the second text tower is the generator's alone
     chosen = scenes.draw_scenes(400, 912, held_out=True, shares=(0.5, 0.5, 0.0))
     captions = [scene.caption for scene in chosen]
     images = decode(autoencoder, sample(generator, captions, towers, steps=25, seed=913))
     strict, graded = checker.check_captions(captions, images)
-    truth, head = scenes.true_aesthetic(images), towers.head(towers.embed_images(images))[:, 0]
+    embedded, texts = judge.embed_images(images), judge.embed_texts(clip.tokenize(captions))[0]
+    truth, head, similarity = scenes.true_aesthetic(images), judge.head(embedded)[:, 0], (embedded * texts).sum(-1)
+    right, wrong = similarity[strict == 1], similarity[strict == 0]
     single = torch.tensor([len(scene.radii) == 1 for scene in chosen])
     found["generator"] = {
         "strict": float(strict.mean()),
@@ -88,6 +92,7 @@ def measure(folder: Path) -> None:
         "graded": float(graded.mean()),
         "true_aesthetic": float(truth.mean()),
         "spearman_head": clip.spearman(head, truth),
+        "clip_prefers_right": float((right[:, None] > wrong[None, :]).float().mean()),
     }
     grid(images[:64], 8, WEIGHTS.parent / "samples.png")
     (WEIGHTS.parent / "quality.json").write_text(json.dumps(found, indent=2) + "\n")

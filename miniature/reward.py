@@ -47,8 +47,8 @@ def malform(chosen: list[scenes.Scene], rng: np.random.Generator, random: torch.
         others.append(scenes.Scene(facts, "", scene.shade, scene.centres, scene.radii, scene.vividness))
     blended = torch.lerp(images, scenes.render(others), _uniform(len(chosen), 0.35, 0.65, random).view(-1, 1, 1, 1))
     changed = (blended - images).abs().amax((1, 2, 3)) > 0.1
-    blend = changed & (torch.rand(len(chosen), generator=random) < 0.5)
-    bent = warp(images, _uniform(len(chosen), 2.5, 5.0, random), random)
+    blend = changed & (torch.rand(len(chosen), generator=random) < 0.2)
+    bent = warp(images, _uniform(len(chosen), 3.0, 5.5, random), random)
     return torch.where(blend.view(-1, 1, 1, 1), blended, bent)
 
 

@@ -178,7 +178,8 @@ def alter(scene: Scene, rng: np.random.Generator, held_out: bool | None = None) 
         elif len(shapes) > 1:
             keep.pop(slot)
             shapes, relation = [shapes[index] for index in keep], None
-        facts = Facts(tuple(shapes), background, relation)
+        alike = len(set(shapes)) == 1  # "two red circles" states no relation
+        facts = Facts(tuple(shapes), background, None if alike else relation)
     shade = scene.shade if facts.background == scene.facts.background else rng.uniform(*SHADES[facts.background])
     centres = tuple(scene.centres[index] for index in keep)
     radii = tuple(scene.radii[index] for index in keep)

@@ -1,15 +1,22 @@
 """The plan of a run, computed on the meta device: no weights are loaded and no hub is asked."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPConfig, CLIPModel
 
 from nft.config import Recipe
 from nft.geometry import Geometry, geometry_of
 from nft.policy import ADAPTERS, Policy
 from stitchvm_reward.diffusion.architectures import TEXT_PARAMETERS, configurations
+from stitchvm_reward.diffusion.backbone import BackboneHead
+from stitchvm_reward.diffusion.generator import Conditions
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.hub import is_hub_id, locate
+from stitchvm_reward.stitching.value_model import empty_network, read_config
 
 GIB = 2**30
 
@@ -25,6 +32,8 @@ class Costs:
     forward_flops: float
     training_flops: float
     decode_flops: float
+    score_flops: float
+    score_unknown: list[str]
     saved_bytes: int
     blocks: int
 
@@ -52,6 +61,28 @@ def _saved_bytes(call) -> int:
     return sum(sizes.values())
 
 
+def _vision_flops(model: str) -> float | None:
+    """FLOPs of one image through the vision tower of a local CLIP folder; None where it is not here to be read."""
+    if is_hub_id(model):
+        return None
+    clip = CLIPModel(CLIPConfig.from_pretrained(locate(model, ("*.json",))))
+    side = clip.config.vision_config.image_size
+    return _flops(lambda: clip.get_image_features(pixel_values=torch.zeros(1, 3, side, side)))
+
+
+def _value_flops(folder: str, transformer: SD3Transformer2DModel, clip_tokens: int, t5_length: int) -> float | None:
+    """FLOPs of one score of a value model, with its backbone's blocks; None where its folder is not here yet."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        return None
+    config, head = read_config(path), BackboneHead(transformer)
+    network, block = empty_network(config, head), config["backbone"]["block"]
+    width, pooled = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
+    null = Conditions(torch.zeros(1, clip_tokens + t5_length, width), torch.zeros(1, pooled))
+    latents = torch.zeros(1, *config["latent_shape"])
+    return _flops(lambda: network(head.features(latents, torch.zeros(1), null, [block])[block]))
+
+
 def costs(recipe: Recipe) -> Costs:
     """Count parameters, FLOPs and the memory of one sample's training pass on the meta device."""
     transformer_config, vae_config, clip_tokens = configurations(recipe.model.path)
@@ -60,6 +91,14 @@ def costs(recipe: Recipe) -> Costs:
         transformer = SD3Transformer2DModel.from_config(transformer_config).to(dtype).requires_grad_(False)
         vae = AutoencoderKL.from_config(vae_config).requires_grad_(False)
         base = sum(p.numel() for p in transformer.parameters())
+        with torch.no_grad():
+            scores = {
+                reward.name: _value_flops(reward.value_model, transformer, clip_tokens, recipe.model.t5_length)
+                if reward.kind == "value"
+                else _vision_flops(reward.model)
+                for reward in recipe.rewards
+                if reward.kind != "function"
+            }
         policy = Policy(transformer, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.seed)
         policy.network.to("meta")
         side = recipe.model.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -88,6 +127,8 @@ def costs(recipe: Recipe) -> Costs:
         forward_flops=forward,
         training_flops=training,
         decode_flops=decode,
+        score_flops=sum(flops or 0.0 for flops in scores.values()),
+        score_unknown=[reward.name for reward in recipe.rewards if scores.get(reward.name) is None],
         # Frozen weights are saved by reference for the backward pass; they are counted with the weights.
         saved_bytes=max(0, saved - weights),
         blocks=config.num_layers,
@@ -123,8 +164,18 @@ def work(recipe: Recipe, geometry: Geometry, found: Costs) -> dict[str, float]:
     return {
         "rollout": samples * steps * found.forward_flops / 1e12,
         "decode": 0.0 if window else samples * found.decode_flops / 1e12,
+        "score": samples * found.score_flops / 1e12,
         "train": passes * (found.training_flops + extra * found.forward_flops) / 1e12,
     }
+
+
+def epoch_cost(recipe: Recipe, processes: int) -> dict[str, float]:
+    """`cost/teraflop` of an epoch over all processes; empty for a model whose shape is not known here."""
+    try:
+        found = costs(recipe)
+    except InputError:
+        return {}
+    return {"cost/teraflop": sum(work(recipe, geometry_of(recipe, processes), found).values())}
 
 
 def work_lines(recipe: Recipe, processes: int) -> list[str]:
@@ -162,7 +213,8 @@ def cost_lines(recipe: Recipe, processes: int) -> list[str]:
         f"FLOPs        one sample: forward {found.forward_flops / 1e12:.3g}, forward and backward "
         f"{found.training_flops / 1e12:.3g}, decode {found.decode_flops / 1e12:.3g} TFLOP",
         f"             one epoch: {', '.join(f'{phase} {cost:,.3g}' for phase, cost in phases.items())} TFLOP; "
-        f"rewards are not counted; a process {sum(phases.values()) / processes:,.3g}",
+        + (f"not counted: {', '.join(found.score_unknown)}; " if found.score_unknown else "")
+        + f"a process {sum(phases.values()) / processes:,.3g}",
     ]
 
 

@@ -14,7 +14,7 @@ from nft.audit import Audit, audited
 from nft.config import Recipe
 from nft.export import save_lora
 from nft.geometry import geometry_of
-from nft.plan import work_lines
+from nft.plan import epoch_cost, work_lines
 from nft.policy import Policy
 from nft.prompts import epoch_prompts, read_prompts
 from nft.rollout import Rollout, roll_on, roll_out, sample, stop_step
@@ -75,6 +75,7 @@ class Trainer:
         self.epoch, self.step = 0, 0
         self._resume()
         self.tracker = Tracker(self.folder, self.epoch) if self.main else None
+        self.cost = epoch_cost(recipe, accelerator.num_processes) if self.main else {}
 
     def _folder(self) -> Path:
         if self.main:
@@ -105,7 +106,7 @@ class Trainer:
             self._log(self.evaluate(0))
         while self.epoch < last:
             rollouts = self.collect(self.epoch)
-            metrics = self.judge(rollouts) | self.check_values(self.epoch, rollouts)
+            metrics = self.cost | self.judge(rollouts) | self.check_values(self.epoch, rollouts)
             metrics |= self.update(self.epoch, rollouts)
             self.policy.after_epoch(self.recipe.train.old_schedule, self.step)
             self.epoch += 1

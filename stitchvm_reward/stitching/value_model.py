@@ -167,7 +167,7 @@ class StitchedValueModel:
             raise InputError(f"{folder} was stitched to another backbone ({own['path']}); give that one")
         try:
             tensors = load_file(folder / WEIGHTS)
-            network = _empty_network(config, backbone)
+            network = empty_network(config, backbone)
             parts = {name.removeprefix("network."): t.float() for name, t in tensors.items() if "network." in name}
             network.load_state_dict(parts, assign=True)
             null = Conditions(
@@ -180,7 +180,8 @@ class StitchedValueModel:
         return cls(backbone, network.to(device).eval().requires_grad_(False), readout, null, config)
 
 
-def _empty_network(config: dict[str, Any], backbone: BackboneHead) -> ValueNetwork:
+def empty_network(config: dict[str, Any], backbone: BackboneHead) -> ValueNetwork:
+    """The network of a value model without its weights, on the meta device."""
     vision = CLIPVisionConfig(**config["reward"]["vision"])
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig(vision_config=vision.to_dict(), projection_dim=config["reward"]["projection"]))

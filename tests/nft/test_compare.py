@@ -1,0 +1,51 @@
+"""Comparing runs by what a held-out measure cost them."""
+
+import json
+
+import pytest
+
+from nft.compare import draw, reached, read_curve, table
+from stitchvm_reward.errors import InputError
+
+
+def write(folder, values, seconds, teraflop=2.0):
+    folder.mkdir()
+    rows = [{"epoch": 0, "held_out/total": values[0], "held_out/truth": values[0], "seconds/evaluate": 100.0}]
+    for epoch, value in enumerate(values[1:], start=1):
+        cost = {"seconds/rollout": seconds / 2, "seconds/train": seconds / 2, "cost/teraflop": teraflop}
+        rows.append({"epoch": epoch, **cost})
+        if value is not None:
+            rows[-1] |= {"held_out/total": value, "held_out/truth": value, "held_out/truth_std": 9.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_target_is_reached_in_proportion_between_two_evaluations(tmp_path):
+    curve = read_curve(write(tmp_path / "run", [1.0, None, 2.0, None, 4.0], seconds=10.0))
+    assert curve.axes == {"seconds": [0.0, 20.0, 40.0], "teraflop": [0.0, 4.0, 8.0], "epoch": [0, 2, 4]}
+    assert set(curve.measures) == {"total", "truth"}
+    found = reached(curve, "truth", 3.0)
+    assert found.cost == pytest.approx({"seconds": 30.0, "teraflop": 6.0, "epoch": 3.0})
+    assert found.measures["truth"] == pytest.approx(3.0)
+    assert reached(curve, "truth", 5.0) is None
+    assert reached(curve, "truth", 0.5).cost["seconds"] == 0
+
+
+def test_arms_are_compared_with_the_first(tmp_path):
+    folders = [
+        write(tmp_path / "full-seed0", [0.0, 1.0, 2.0], seconds=10.0),
+        write(tmp_path / "full-seed1", [0.0, 2.0], seconds=10.0),
+        write(tmp_path / "stopped-seed0", [0.0, 2.0], seconds=5.0),
+        write(tmp_path / "stopped-seed1", [0.0, 0.5], seconds=5.0),
+    ]
+    curves = [read_curve(folder) for folder in folders]
+    text = "\n".join(table(curves, "truth", 2.0))
+    assert "1.00x less seconds" in text and "3.00x less seconds" in text and "1.50x less TFLOP" in text
+    assert "1 never reached it" in text and "best 0.5" in text
+    draw(curves, ["truth"], 2.0, tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_folder_without_evaluations_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no evaluated run"):
+        read_curve(tmp_path)

@@ -1,0 +1,62 @@
+"""Stable Diffusion 3.5 Medium with CLIP ViT-L/14 at 336 px on the meta device: shapes fit, costs are as worked out."""
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPConfig, CLIPModel
+
+from stitchvm_reward.diffusion.architectures import TRANSFORMERS
+from stitchvm_reward.diffusion.backbone import BackboneHead
+from stitchvm_reward.diffusion.generator import Conditions
+from stitchvm_reward.rewards.tail import RewardTail
+from stitchvm_reward.stitching.value_model import ValueNetwork
+
+LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+def teraflop(call) -> float:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        call()
+    return counter.get_total_flops() / 1e12
+
+
+@pytest.fixture(scope="module")
+def head() -> BackboneHead:
+    with torch.device("meta"):
+        return BackboneHead(SD3Transformer2DModel.from_config(TRANSFORMERS["stabilityai/stable-diffusion-3.5-medium"]))
+
+
+@pytest.fixture(scope="module")
+def given():
+    with torch.device("meta"):
+        conditions = Conditions(torch.zeros(1, 333, 4096), torch.zeros(1, 2048))
+        return torch.zeros(1, 16, 64, 64), torch.zeros(1), conditions
+
+
+@pytest.mark.parametrize(("blocks", "expected"), [(1, 0.118), (2, 0.232), (4, 0.460), (8, 0.916)])
+def test_the_first_blocks_cost_what_was_worked_out_by_hand(head, given, blocks, expected):
+    assert teraflop(lambda: head.features(*given, [blocks])) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_stitched_score_fits_and_costs_a_sixth_of_a_tweedie_score(head, given):
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig(vision_config=LARGE, projection_dim=768))
+        network = ValueNetwork(head.width(4), RewardTail(clip, 1))
+    found = {}
+
+    def score():
+        found["states"], found["embedding"] = network(head.features(*given, [4])[4])
+
+    cost = teraflop(score)
+    assert found["states"].shape == (1, 577, 1024) and found["embedding"].shape == (1, 768)
+    assert cost == pytest.approx(0.83, rel=0.03)
+    assert cost < (2.44 + 2.51 + 0.38) / 6

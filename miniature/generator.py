@@ -13,7 +13,7 @@ from miniature import checker, scenes, wording
 from miniature.clip import PROJECTION, SECOND_WIDTH, Towers, tokenize
 from miniature.training import train
 
-STEPS = 7000
+STEPS = 6200
 BATCH = 128
 WIDTH = 192
 DROP_CAPTION = 0.1

@@ -41,7 +41,7 @@ def main() -> None:
     elif arguments.part == "clip":
         clip.pretrain(folder, drawn, pool, arguments.stop_at)
     elif arguments.part == "reward":
-        reward.pretrain(folder, assemble.load_towers(folder), drawn, pool, arguments.stop_at)
+        reward.pretrain(folder, assemble.load_towers(folder), assemble.load_vae(folder), drawn, pool, arguments.stop_at)
     else:
         generator.pretrain(
             folder, drawn, pool, assemble.load_vae(folder), assemble.load_towers(folder), arguments.stop_at

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from miniature import clip, scenes
 from miniature.clip import Towers
 from miniature.training import train
 
-STEPS = 2000
+STEPS = 2650
 PAIRS = 56  # scenes a step, each with its altered sibling
 MALFORMED = 28
 DISTORTED = 32
@@ -61,6 +62,18 @@ def soften(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     return (images + noise * _uniform(len(images), 0.0, 0.025, random).view(-1, 1, 1, 1)).clamp(0, 1)
 
 
+@torch.no_grad()
+def decoded(images: torch.Tensor, vae: AutoencoderKL, random: torch.Generator) -> torch.Tensor:
+    """Half of the pictures as the autoencoder gives them back from a slightly noisy latent: as generated ones look."""
+    half = torch.rand(len(images), generator=random) < 0.5
+    latents = vae.encode(images[half] * 2 - 1).latent_dist.mode()
+    reach = _uniform(len(latents), 0.0, 0.15, random).view(-1, 1, 1, 1) / vae.config.scaling_factor
+    latents = latents + reach * torch.randn(latents.shape, generator=random)
+    images = images.clone()
+    images[half] = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    return images
+
+
 def contrast(pictures: torch.Tensor, texts: torch.Tensor, statements: list, scale: torch.Tensor) -> torch.Tensor:
     """CLIP's loss over normalised embeddings; pictures beyond the texts are malformed, and wrong for every text."""
     count = len(texts)
@@ -91,7 +104,12 @@ def quality(towers: Towers) -> dict[str, float]:
 
 
 def pretrain(
-    folder: Path, towers: Towers, drawn: list[scenes.Scene], pool: torch.Tensor, stop_at: int | None = None
+    folder: Path,
+    towers: Towers,
+    vae: AutoencoderKL,
+    drawn: list[scenes.Scene],
+    pool: torch.Tensor,
+    stop_at: int | None = None,
 ) -> Towers:
     """Train CLIP and the head on from the first stage's towers; resumable. Writes reward.safetensors."""
     towers.clip.requires_grad_(True)
@@ -106,7 +124,7 @@ def pretrain(
         right = soften(scenes.render(pairs), random)
         wrong = malform(chosen[:MALFORMED], rng, random)
         strange = pool[torch.randint(len(pool), (DISTORTED,), generator=random)].float() / 255
-        images = torch.cat([right, wrong, clip.distort(strange, random)])
+        images = torch.cat([decoded(torch.cat([right, wrong]), vae, random), clip.distort(strange, random)])
         truth = scenes.true_aesthetic(images)
         embedded = towers.embed_images(images)
         texts = towers.clip.get_text_features(clip.tokenize([scene.caption for scene in pairs])).pooler_output
@@ -116,9 +134,9 @@ def pretrain(
         error = (towers.head(embedded)[:, 0] - truth).square()
         clean, other = error[: len(right)].mean(), error[len(right) :].mean()
         shown = {"match": matching.item(), "clean": clean.item(), "strange": other.item()}
-        return matching + 8 * clean + 2 * other, shown
+        return matching + 16 * clean + 2 * other, shown
 
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=8e-4, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     train(
         "reward",
         trained,

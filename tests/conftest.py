@@ -64,9 +64,11 @@ def make_trainer(overrides) -> Callable[..., Any]:
     def make(out: Path, *more: str):
         from nft.config import load_recipe
         from nft.trainer import Trainer
-        from stitchvm_reward.runs.launcher import make_accelerator
+        from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
 
-        return Trainer(load_recipe(RECIPE, overrides(out, *more)), make_accelerator())
+        accelerator = make_accelerator()
+        take_all_cores(accelerator)  # as the command line does: the last bit depends on the number of threads
+        return Trainer(load_recipe(RECIPE, overrides(out, *more)), accelerator)
 
     return make
 

@@ -123,11 +123,12 @@ def quality(towers: Towers) -> dict[str, float]:
     embedded = towers.embed_images(images)
     first, second = towers.embed_texts(tokenize([scene.caption for scene in chosen]))
     own = torch.arange(len(chosen))
+    plain = scenes.render(scenes.draw_scenes(1000, 908, True))
     strange = distort(scenes.render(scenes.draw_scenes(200, 903, True)), torch.Generator().manual_seed(0))
     found = {
         "recall": float(((embedded @ first.T).argmax(1) == own).float().mean()),
         "recall_second": float(((embedded @ second.T).argmax(1) == own).float().mean()),
-        "spearman": spearman(towers.head(embedded)[:, 0], scenes.true_aesthetic(images)),
+        "spearman": spearman(towers.head(towers.embed_images(plain))[:, 0], scenes.true_aesthetic(plain)),
         "spearman_distorted": spearman(towers.head(towers.embed_images(strange))[:, 0], scenes.true_aesthetic(strange)),
     }
     towers.train()

@@ -136,7 +136,7 @@ def pretrain(
         shown = {"match": matching.item(), "clean": clean.item(), "strange": other.item()}
         return matching + 16 * clean + 2 * other, shown
 
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=8e-4, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     train(
         "reward",
         trained,

@@ -1,0 +1,124 @@
+"""Recipes: typed dataclasses read from YAML with `base:` and key=value overrides, every mistake told in one line."""
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from stitchvm_reward.errors import InputError, nearest
+
+DTYPES = ("float32", "bfloat16", "float16")
+Kind = typing.TypeVar("Kind")
+
+
+def require(holds: bool, rule: str, given: Any) -> None:
+    """Raise InputError with the rule and what was given, unless it holds."""
+    if not holds:
+        raise InputError(f"{rule}, got {given!r}")
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    require(value in allowed, f"{name} must be one of {', '.join(allowed)}", value)
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    require(least <= value < math.inf, f"{name} must be at least {least}, and finite", value)
+
+
+def positive(name: str, value: float) -> None:
+    require(0 < value < math.inf, f"{name} must be positive and finite", value)
+
+
+@dataclass
+class CheckpointRecipe:
+    every: int = 10
+    """Epochs between checkpoints; the last epoch is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    resume: str = "auto"
+    """auto (newest complete one, or a fresh start), never, or the name of a checkpoint in the run folder."""
+
+    def __post_init__(self):
+        at_least("checkpoint.every", self.every, 1)
+        at_least("checkpoint.keep", self.keep, 1)
+
+
+def _known_keys(kind: Any, given: Any, where: str) -> None:
+    """Refuse keys that the dataclass does not have, naming the nearest that it has."""
+    if not isinstance(given, dict):
+        return
+    hints = typing.get_type_hints(kind)
+    for key, value in given.items():
+        if key not in hints:
+            raise InputError(f"unknown recipe key {where}{key}: {nearest(str(key), list(hints))}")
+        inner = hints[key]
+        if dataclasses.is_dataclass(inner):
+            if not isinstance(value, dict):
+                raise InputError(f"{where}{key} must be a section with keys, got {value!r}")
+            _known_keys(inner, value, f"{where}{key}.")
+        elif typing.get_origin(inner) is list:
+            if not isinstance(value, list):
+                raise InputError(f"{where}{key} must be a list, got {value!r}")
+            element = typing.get_args(inner)[0]
+            for index, item in enumerate(value):
+                if dataclasses.is_dataclass(element):
+                    _known_keys(element, item, f"{where}{key}[{index}].")
+
+
+def _read_yaml(kind: type, path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file merged over its `base:` files; `below` are the files that led here."""
+    if path.resolve() in below:
+        raise InputError(f"{path} is its own base; a base must be another file")
+    if not path.is_file():
+        raise InputError(f"recipe not found: {path}")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold recipe keys, got {content!r}")
+    base = content.pop("base", None)
+    if not isinstance(base, str | None):
+        raise InputError(f"base must be a file name, got {base!r} in {path}")
+    _known_keys(kind, content, "")
+    whole: Any = OmegaConf.create(content)
+    if base is not None:
+        whole = OmegaConf.merge(OmegaConf.create(_read_yaml(kind, path.parent / base, (*below, path.resolve()))), whole)
+    return typing.cast(dict[str, Any], OmegaConf.to_container(whole))
+
+
+def read_recipe(kind: type[Kind], path: str | Path, overrides: list[str] | None = None) -> Kind:
+    """Read a recipe file as a dataclass and apply `section.key=value` overrides; its checks have run on what is returned.
+
+    Raises InputError for unknown keys (with the nearest known one), wrong types and values out of range.
+    """
+    content = _read_yaml(kind, Path(path))
+    for override in overrides or []:
+        if "=" not in override:
+            raise InputError(f"an override is written key=value, got {override!r}")
+    try:
+        given = OmegaConf.from_dotlist(list(overrides or []))
+        _known_keys(kind, OmegaConf.to_container(given), "")
+        merged = OmegaConf.merge(OmegaConf.create(content), given)
+        whole = OmegaConf.merge(OmegaConf.structured(kind), merged)
+        missing = sorted(OmegaConf.missing_keys(whole))
+        if missing:
+            raise InputError(f"the recipe must also set {', '.join(missing)}")
+        return typing.cast(Kind, OmegaConf.to_object(whole))
+    except (OmegaConfBaseException, YAMLError) as error:
+        first = str(error).splitlines()[0]
+        key = getattr(error, "full_key", None)
+        raise InputError(f"recipe key {key}: {first}" if key else f"recipe: {first}") from None
+
+
+def dump(recipe: Any) -> str:
+    """The resolved recipe as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))

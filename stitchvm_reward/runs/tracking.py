@@ -103,7 +103,12 @@ def curves(folder: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = read_metrics(folder)
-    names = [name for row in rows for name in row if name.startswith(("held_out/", "reward/total", "train/old_dev", "train/loss", "cosine/", "spearman/"))]
+    names = [
+        name
+        for row in rows
+        for name in row
+        if name.startswith(("held_out/", "reward/total", "train/old_dev", "train/loss", "cosine/", "spearman/"))
+    ]
     names = [name for name in dict.fromkeys(names) if not name.endswith(("_std", "/total_std"))]
     columns = min(3, len(names))
     lines = -(-len(names) // columns)

@@ -96,7 +96,7 @@ def _read_yaml(kind: type, path: Path, below: tuple[Path, ...] = ()) -> dict[str
 
 
 def read_recipe(kind: type[Kind], path: str | Path, overrides: list[str] | None = None) -> Kind:
-    """Read a recipe file as a dataclass and apply `section.key=value` overrides; its checks have run on what is returned.
+    """Read a recipe file as a dataclass and apply `section.key=value` overrides; all of its checks have run then.
 
     Raises InputError for unknown keys (with the nearest known one), wrong types and values out of range.
     """

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from stitchvm_reward.runs import checkpoint
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.runs import checkpoint
 
 
 def write(folder, epoch, keep=10):

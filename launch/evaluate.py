@@ -1,16 +1,13 @@
 """Measure a value model: python launch/evaluate.py value FOLDER --images FOLDER"""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 # This file is called as a script of the repository: its root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+from stitchvm_reward.command import answer, hide_loading_bars  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 
 
@@ -52,14 +49,11 @@ def check(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
-    import diffusers
     import torch
-    import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
     from stitchvm_reward.stitching.evaluate import Evaluation, Question, cost, quality, report, save, truth_error
 
+    hide_loading_bars()
     question = Question(
         arguments.images,
         arguments.count,
@@ -81,12 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    try:
-        run(parse())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer(lambda: run(parse()))
 
 
 if __name__ == "__main__":

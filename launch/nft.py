@@ -1,19 +1,14 @@
 """Train a policy: accelerate launch launch/nft.py RECIPE [key=value ...]"""
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
 
 # This file is called as the package it starts: the repository's root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-# Prompts are tokenized in short bursts between training; threads forked there only bring warnings.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# The libraries advise on every import; a user's terminal is for the run.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+from stitchvm_reward.command import answer, hide_loading_bars  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 
 
@@ -53,14 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def train(recipe) -> None:
-    import diffusers
-    import transformers
-
     from nft.preflight import check_recipe
 
-    # The run has progress bars of its own; those of loading are over before they are read.
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
+    hide_loading_bars()
     check_recipe(recipe)
     from nft.trainer import Trainer
     from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
@@ -75,11 +65,7 @@ def train(recipe) -> None:
 
 
 def main() -> int:
-    try:
-        return run(parse())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return answer(lambda: run(parse()))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,13 @@
 """Build a stitched value model: accelerate launch launch/stitch.py RECIPE [key=value ...]"""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-# This file is called as a module of the repository: its root must come before this folder.
+# This file is called as a script of the repository: its root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from stitchvm_reward.errors import InputError  # noqa: E402
+from stitchvm_reward.command import answer, hide_loading_bars  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -30,15 +26,10 @@ def run(arguments: argparse.Namespace) -> None:
     from stitchvm_reward.stitching.config import load_stitch_recipe
 
     recipe = load_stitch_recipe(arguments.recipe, arguments.overrides)
-    import diffusers
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
     from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
-    from stitchvm_reward.stitching.build import build, check_stitch_recipe
+    from stitchvm_reward.stitching.build import build
 
-    check_stitch_recipe(recipe)
+    hide_loading_bars()
     accelerator = make_accelerator()
     take_all_cores(accelerator)
     folder = build(recipe, accelerator, arguments.search)
@@ -48,12 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    try:
-        run(parse())
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return answer(lambda: run(parse()))
 
 
 if __name__ == "__main__":

@@ -135,12 +135,18 @@ def quality(towers: Towers) -> dict[str, float]:
     return found
 
 
-def contrast(images: torch.Tensor, texts: torch.Tensor, facts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss on normalised embeddings, both ways; another picture of the same facts is no wrong answer."""
-    same = (facts[:, None] == facts[None, :]).fill_diagonal_(False)
-    logits = (scale.exp().clamp(max=100) * images @ texts.T).masked_fill(same, -1e4)
-    target = torch.arange(len(images))
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+def contrast(pictures: torch.Tensor, texts: torch.Tensor, known: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """CLIP's loss on normalised embeddings, both ways; another picture of the same statement is no wrong answer.
+
+    `known` (texts,) numbers the statements. Pictures beyond the texts are wrong for every text.
+    """
+    count = len(texts)
+    same = (known[:, None] == known[None, :]).fill_diagonal_(False)
+    logits = scale.exp().clamp(max=100) * texts @ pictures.T
+    square = logits[:, :count].masked_fill(same, -1e4)
+    target = torch.arange(count)
+    to_picture = F.cross_entropy(torch.cat([square, logits[:, count:]], dim=1), target)
+    return (to_picture + F.cross_entropy(square.T, target)) / 2
 
 
 def pictures(pool: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,15 +159,16 @@ def pictures(pool: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tens
 
 
 def facts_of(drawn: list[scenes.Scene]) -> torch.Tensor:
-    """A number for each scene, the same for scenes of the same facts."""
-    numbers = {facts: number for number, facts in enumerate(dict.fromkeys(scene.facts for scene in drawn))}
-    return torch.tensor([numbers[scene.facts] for scene in drawn])
+    """A number for each scene, the same for scenes whose facts say the same."""
+    statements = [scene.facts.statement for scene in drawn]
+    numbers = {statement: number for number, statement in enumerate(dict.fromkeys(statements))}
+    return torch.tensor([numbers[statement] for statement in statements])
 
 
-def save_towers(towers: Towers, folder: Path) -> None:
+def save_towers(towers: Towers, path: Path) -> None:
     """Write all towers as one file."""
     tensors = {name: tensor.contiguous() for name, tensor in towers.state_dict().items()}
-    save_file(tensors, folder / "towers.safetensors")
+    save_file(tensors, path)
 
 
 def pretrain(folder: Path, drawn: list[scenes.Scene], pool: torch.Tensor, stop_at: int | None = None) -> Towers:
@@ -197,7 +204,7 @@ def pretrain(folder: Path, drawn: list[scenes.Scene], pool: torch.Tensor, stop_a
         evaluate_every=130,
         stop_at=stop_at,
     )
-    save_towers(towers, folder)
+    save_towers(towers, folder / "towers.safetensors")
     return towers.eval()
 
 

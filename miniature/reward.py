@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 
 from miniature import clip, scenes
 from miniature.clip import Towers
@@ -74,19 +73,6 @@ def decoded(images: torch.Tensor, vae: AutoencoderKL, random: torch.Generator) -
     return images
 
 
-def contrast(pictures: torch.Tensor, texts: torch.Tensor, statements: list, scale: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss over normalised embeddings; pictures beyond the texts are malformed, and wrong for every text."""
-    count = len(texts)
-    numbers = {statement: number for number, statement in enumerate(dict.fromkeys(statements))}
-    known = torch.tensor([numbers[statement] for statement in statements])
-    same = (known[:, None] == known[None, :]).fill_diagonal_(False)
-    logits = scale.exp().clamp(max=100) * texts @ pictures.T
-    square = logits[:, :count].masked_fill(same, -1e4)
-    target = torch.arange(count)
-    to_picture = F.cross_entropy(torch.cat([square, logits[:, count:]], dim=1), target)
-    return (to_picture + F.cross_entropy(square.T, target)) / 2
-
-
 @torch.no_grad()
 def told_apart(towers: Towers, count: int = 400) -> float:
     """Share of held-out scenes whose caption fits their own picture better than the sibling with one fact altered."""
@@ -128,9 +114,8 @@ def pretrain(
         truth = scenes.true_aesthetic(images)
         embedded = towers.embed_images(images)
         texts = towers.clip.get_text_features(clip.tokenize([scene.caption for scene in pairs])).pooler_output
-        statements = [scene.facts.statement for scene in pairs]
         pictures = embedded[: len(right) + len(wrong)]
-        matching = contrast(pictures, F.normalize(texts.float(), dim=-1), statements, scale)
+        matching = clip.contrast(pictures, F.normalize(texts.float(), dim=-1), clip.facts_of(pairs), scale)
         error = (towers.head(embedded)[:, 0] - truth).square()
         clean, other = error[: len(right)].mean(), error[len(right) :].mean()
         shown = {"match": matching.item(), "clean": clean.item(), "strange": other.item()}
@@ -150,5 +135,5 @@ def pretrain(
         evaluate_every=200,
         stop_at=stop_at,
     )
-    save_file({n: t.contiguous() for n, t in towers.state_dict().items()}, folder / "reward.safetensors")
+    clip.save_towers(towers, folder / "reward.safetensors")
     return towers.eval()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nft.trainer import PHASES
+from stitchvm_reward.command import answer
 from stitchvm_reward.errors import InputError, nearest
 from stitchvm_reward.runs.tracking import read_metrics
 
@@ -125,31 +126,27 @@ def draw(curves: list[Curve], measures: list[str], target: float, path: Path) ->
     figure.savefig(path, dpi=110)
 
 
-def main() -> int:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", help="run folders; the first one's arm is compared with")
     parser.add_argument("--measure", required=True, help="held-out measure, such as true_aesthetic")
     parser.add_argument("--target", type=float, required=True, help="value that has to be reached")
     parser.add_argument("--out", type=Path, help="PNG to draw")
-    arguments = parser.parse_args()
-    try:
-        curves = [read_curve(folder) for folder in arguments.folders]
-        for curve in curves:
-            if arguments.measure not in curve.measures:
-                known = list(curve.measures)
-                raise InputError(
-                    f"{curve.name} has no measure {arguments.measure}: {nearest(arguments.measure, known)}"
-                )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    curves = [read_curve(folder) for folder in arguments.folders]
+    for curve in curves:
+        if arguments.measure not in curve.measures:
+            hint = nearest(arguments.measure, list(curve.measures))
+            raise InputError(f"{curve.name} has no measure {arguments.measure}: {hint}")
     print("\n".join(table(curves, arguments.measure, arguments.target)))
     if arguments.out is not None:
         shared = [name for name in curves[0].measures if all(name in curve.measures for curve in curves)]
         order = [arguments.measure, *(name for name in shared if name not in (arguments.measure, "total"))]
         draw(curves, order, arguments.target, arguments.out)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer(lambda: run(parse())))

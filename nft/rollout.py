@@ -59,10 +59,13 @@ def sample(
     Without guidance; float32 latents.
     """
 
+    own = conditions
+
     def velocity(latents: Tensor, sigma: float, rows: list[int]) -> Tensor:
+        nonlocal own
+        if len(rows) < len(own.pooled):  # some have arrived
+            own = conditions.select(torch.tensor(rows, device=latents.device))
         level = torch.full((len(latents),), sigma, device=latents.device)
-        whole = len(rows) == len(conditions.pooled)
-        own = conditions if whole else conditions.select(torch.tensor(rows, device=latents.device))
         return generator.velocity(latents, level, own, network)
 
     stops = stops or [len(sigmas) - 1] * len(latents)

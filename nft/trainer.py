@@ -335,9 +335,7 @@ class Trainer:
 
     def _log(self, metrics: dict[str, float], optimality_now: Tensor | None = None) -> None:
         metrics |= self.timings.take()
-        seconds = sum(
-            metrics.get(f"seconds/{phase}", 0.0) for phase in ("rollout", "decode", "score", "audit", "train")
-        )
+        seconds = sum(metrics.get(f"seconds/{phase}", 0.0) for phase in PHASES)
         if seconds:
             metrics["images_per_second"] = self.geometry.samples / seconds
         if self.tracker is not None:

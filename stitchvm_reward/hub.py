@@ -21,7 +21,7 @@ def locate(model: str, patterns: tuple[str, ...]) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if model.count("/") != 1 or model.startswith((".", "~", "/")):
+    if not is_hub_id(model):
         raise InputError(f"model folder not found: {model}; give a folder or a hub id like owner/name")
     try:
         return Path(

@@ -36,6 +36,10 @@ class Conditions:
     tokens: Tensor
     pooled: Tensor
 
+    def expand(self, count: int) -> "Conditions":
+        """The conditions of one prompt for `count` samples, without a copy."""
+        return Conditions(self.tokens.expand(count, -1, -1), self.pooled.expand(count, -1))
+
     def select(self, rows: Tensor) -> "Conditions":
         """The conditions of some rows, repeated as often as they are named."""
         return Conditions(self.tokens[rows], self.pooled[rows])

@@ -91,6 +91,9 @@ class Builder:
         if self.main and self.targets.broken:
             names = ", ".join(self.targets.broken[:5])
             tqdm.write(f"{len(self.targets.broken)} broken or empty images are left out: {names}")
+        # Places among the targets: those kept out of all fitting first.
+        split = randomness.at(recipe.seed, randomness.SPLIT)
+        self.order: list[int] = torch.randperm(len(self.targets), generator=split).tolist()
         self.head = load_backbone(backbone.path, self._blocks_needed(), self.dtype, self.device)
 
     def _blocks_needed(self) -> int:
@@ -139,16 +142,12 @@ class Builder:
         self.accelerator.wait_for_everyone()
         return lambda indices: self.embeddings.conditions([texts[index] for index in indices])
 
-    def order(self) -> list[int]:
-        """Places among the targets: the held-out ones first, then those that may be fitted."""
-        return torch.randperm(len(self.targets), generator=randomness.at(self.recipe.seed, randomness.SPLIT)).tolist()
-
     @torch.no_grad()
     def probe(self, blocks: list[int], reward_blocks: list[int]) -> Probe:
         """Features of the probe images, each with its own level t ~ U[0, 1] and noise; one forward of each model."""
         recipe, size = self.recipe, self.recipe.finetune.micro_batch
         count = recipe.search.probe + recipe.search.held_out
-        chosen = self.order()[recipe.data.held_out :][:count]
+        chosen = self.order[recipe.data.held_out :][:count]
         conditions = self.captions(chosen)
         parts: tuple[dict, dict, dict] = {}, {}, {}
         grid = self.tower.clip.config.vision_config.image_size // self.tower.clip.config.vision_config.patch_size
@@ -160,8 +159,7 @@ class Builder:
             sigma = torch.cat([torch.rand(1, generator=g) for g in draws]).to(self.device)
             noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws])
             noisy = noised(latents.to(self.device), noise.to(self.device), sigma)
-            own = self.null.select(torch.zeros(len(indices), dtype=torch.long, device=self.device))
-            own = own if conditions is None else conditions(indices)
+            own = self.null.expand(len(indices)) if conditions is None else conditions(indices)
             for i, found in backbone_features(self.head, noisy, sigma, own, blocks, grid).items():
                 parts[0].setdefault(i, []).append(found)
             images = torch.stack([self._image(row) for row in rows])
@@ -254,7 +252,7 @@ def build(recipe: StitchRecipe, accelerator: Accelerator, only_search: bool = Fa
         return folder
     model = builder.model(probe, block, reward_block)
     del probe
-    distiller = Distiller(recipe, accelerator, model, builder.targets, builder.captions(builder.order()))
+    distiller = Distiller(recipe, accelerator, model, builder.targets, builder.order, builder.captions(builder.order))
     warn = tqdm.write if builder.main else lambda _: None
     path = checkpoint.choose(folder / "checkpoints", recipe.checkpoint.resume, warn)
     if path is not None:

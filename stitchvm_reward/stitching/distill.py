@@ -1,6 +1,7 @@
 """Stage 2: finetune the stitching layer and the reward's last blocks on unlabelled images (section 4.1, D.1)."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
+from stitchvm_reward.diffusion.generator import Conditions
 from stitchvm_reward.diffusion.path import noised
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards.aesthetic import AestheticHead
@@ -55,12 +57,14 @@ class Distiller:
         accelerator: Accelerator,
         model: StitchedValueModel,
         targets: Targets,
-        conditions=None,
+        order: list[int],
+        conditions: Callable[[list[int]], Conditions] | None = None,
     ):
+        """`order` holds places among the targets, those kept out of all fitting first; `conditions` gives what the
+        backbone reads of some of them, where it reads prompts."""
         self.recipe, self.accelerator, self.model, self.targets = recipe, accelerator, model, targets
         self.conditions = conditions
         self.main, tune = accelerator.is_main_process, recipe.finetune
-        order = torch.randperm(len(targets), generator=randomness.at(recipe.seed, randomness.SPLIT)).tolist()
         self.held_out, self.train_indices = order[: recipe.data.held_out], order[recipe.data.held_out :]
         self.steps_per_epoch = max(1, len(self.train_indices) // tune.batch)
         network = model.network.train().requires_grad_(True)

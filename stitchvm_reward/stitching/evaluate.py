@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from stitchvm_reward.diffusion.backbone import BackboneHead
-from stitchvm_reward.diffusion.generator import Conditions, Generator, encode
+from stitchvm_reward.diffusion.generator import Generator, encode
 from stitchvm_reward.diffusion.path import denoised, noised
 from stitchvm_reward.diffusion.solvers import ancestral_step, sigma_schedule
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.rewards import Reward, find_function, load_reward
-from stitchvm_reward.rewards.clip import ImageTower, TextTower
+from stitchvm_reward.rewards import find_function, load_reward
+from stitchvm_reward.rewards.aesthetic import AestheticReward
+from stitchvm_reward.rewards.clip import ClipReward, TextTower
 from stitchvm_reward.runs import randomness
 from stitchvm_reward.stitching.images import find_images
 from stitchvm_reward.stitching.value_model import StitchedValueModel, levels, read_config
@@ -59,9 +59,11 @@ class Evaluation:
             self.models["latent"] = StitchedValueModel.from_pretrained(baseline, device, head)
             if self.models["latent"].block != 0:
                 raise InputError(f"{baseline} is not stitched to the raw latent (backbone.block=0)")
-        self.reward: Reward = load_reward(reward["kind"], reward["path"], reward["head"], "", device)
+        self.null = self.models["stitched"].null
+        self.reward = load_reward(reward["kind"], reward["path"], reward["head"], "", device)
+        assert isinstance(self.reward, AestheticReward | ClipReward)  # what a value model can be stitched from
         self.reads_text = reward["kind"] == "clip"
-        self.tower = ImageTower(reward["path"], device)
+        self.tower = self.reward.tower
         self.methods = [
             method
             for method in METHODS
@@ -89,11 +91,6 @@ class Evaluation:
             f"{question.images} has {len(images)} images that can be used, {question.count} were asked for"
         )
 
-    def null(self, count: int) -> Conditions:
-        """What the generator reads of the empty prompt, for so many latents."""
-        null = self.models["stitched"].null
-        return Conditions(null.tokens.expand(count, -1, -1), null.pooled.expand(count, -1))
-
     def noisy(self, sigma: float, rows: range) -> Tensor:
         """Latents of some images at a level, each with noise of its own address."""
         clean = self.latents[rows.start : rows.stop]
@@ -103,7 +100,7 @@ class Evaluation:
     def tweedie(self, latents: Tensor, sigma: float) -> Tensor:
         """Images of Tweedie's estimate of the clean latents."""
         level = torch.full((len(latents),), sigma, device=self.device)
-        velocity = self.generator.velocity(latents, level, self.null(len(latents))).float()
+        velocity = self.generator.velocity(latents, level, self.null.expand(len(latents))).float()
         return self.generator.decode(denoised(latents, velocity, torch.tensor(sigma)))
 
     def rolled_out(self, latents: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
@@ -112,7 +109,7 @@ class Evaluation:
         schedule = [sigma, *(level for level in grid if level < sigma - 0.02)]
         for now, following in zip(schedule, schedule[1:]):
             level = torch.full((len(latents),), now, device=self.device)
-            velocity = self.generator.velocity(latents, level, self.null(len(latents))).float()
+            velocity = self.generator.velocity(latents, level, self.null.expand(len(latents))).float()
             clean = denoised(latents, velocity, torch.tensor(now))
             noise = torch.randn(latents.shape, generator=generator).to(latents)
             latents = ancestral_step(latents, clean, noise, now, following)
@@ -158,7 +155,7 @@ def recall(images: Tensor, texts: Tensor) -> tuple[float, float]:
     return float((similarity.argmax(1) == own).float().mean()), float((similarity.argmax(0) == own).float().mean())
 
 
-def quality(evaluation: Evaluation, bar: Callable = tqdm) -> list[dict]:
+def quality(evaluation: Evaluation) -> list[dict]:
     """One row a method and level: Spearman with the clean reward and with the true score, recall both ways."""
     rows, texts = evaluation.rows(), evaluation.captions
     with torch.no_grad():
@@ -180,14 +177,16 @@ def quality(evaluation: Evaluation, bar: Callable = tqdm) -> list[dict]:
         return found
 
     table = [row("clean", None, clean, embedded)]
-    for sigma in bar(evaluation.question.sigmas, desc="levels"):
+    for sigma in tqdm(evaluation.question.sigmas, desc="levels"):
         for method in evaluation.methods:
             values, embeddings = [], []
             for r in rows:
                 latents = evaluation.noisy(sigma, r)
-                values.append(evaluation.value(method, latents, sigma, texts[r.start : r.stop], seed=r.start))
-                if evaluation.reads_text and method != "monte carlo":
+                if text_embedding is not None and method != "monte carlo":
                     embeddings.append(evaluation.embedding(method, latents, sigma))
+                    values.append((embeddings[-1] * text_embedding[r.start : r.stop]).sum(-1))
+                else:
+                    values.append(evaluation.value(method, latents, sigma, texts[r.start : r.stop], seed=r.start))
             table.append(row(method, sigma, torch.cat(values), torch.cat(embeddings) if embeddings else None))
     return table
 

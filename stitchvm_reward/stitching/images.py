@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from stitchvm_reward.errors import InputError, nearest
+from stitchvm_reward.hub import is_hub_id
 from stitchvm_reward.rewards.preprocess import resize_and_crop
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -60,7 +61,7 @@ def find_images(source: str, split: str, column: str, captions: str, limit: int)
             lambda index: _caption_beside(paths[index]),
             digest.hexdigest(),
         )
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if not is_hub_id(source):
         raise InputError(f"image folder not found: {source}; give a folder or a hub data set owner/name")
     return _from_hub(source, split, column, captions, limit)
 

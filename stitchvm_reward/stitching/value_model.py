@@ -79,16 +79,15 @@ class StitchedValueModel:
 
     def features(self, latents: Tensor, sigma: Tensor, conditions: Conditions | None = None) -> Tensor:
         """The backbone's features that this model reads, (batch, width, h, w)."""
-        return self.backbone.features(latents, sigma, self._conditions(len(latents), conditions), [self.block])[
-            self.block
-        ]
+        own = self._conditions(len(latents), conditions)
+        return self.backbone.features(latents, sigma, own, [self.block])[self.block]
 
     def _conditions(self, count: int, conditions: Conditions | None) -> Conditions:
         if self.conditioning == "prompt":
             if conditions is None:
                 raise InputError("this value model's backbone reads the prompt: score needs the prompts' conditions")
             return conditions
-        return Conditions(self.null.tokens.expand(count, -1, -1), self.null.pooled.expand(count, -1))
+        return self.null.expand(count)
 
     def value(self, features: Tensor, prompts: list[str] | None) -> Tensor:
         """(batch,) float32 of the backbone's features."""
@@ -123,7 +122,7 @@ class StitchedValueModel:
                 f"{generator.resolution} px; stitch one for this size or set model.resolution"
             )
         ours, theirs = self.config["vae"], vae_identity(generator.vae)
-        same = all(ours[key] == theirs[key] for key in ("channels",)) and _alike(ours["weights"], theirs["weights"])
+        same = ours["channels"] == theirs["channels"] and _alike(ours["weights"], theirs["weights"])
         if not same or abs(ours["scaling"] - theirs["scaling"]) > 1e-6 or abs(ours["shift"] - theirs["shift"]) > 1e-6:
             raise InputError(
                 "the value model was stitched to another autoencoder's latents; use the generator it was made for "

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from miniature import checker, reward, scenes
+from miniature import checker, clip, reward, scenes
 
 DRAWN = scenes.draw_scenes(60, 5)
 
@@ -47,6 +47,7 @@ def test_softened_pictures_are_still_right_and_malformed_ones_mostly_are_not():
 def test_a_malformed_picture_is_wrong_for_every_text_and_an_equal_statement_is_not():
     pictures = torch.nn.functional.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     texts, scale = pictures[:3].clone(), torch.tensor(2.0)
-    plain = reward.contrast(pictures[:3], texts, ["a", "b", "c"], scale)
-    assert reward.contrast(torch.cat([pictures[:3], texts[:1]]), texts, ["a", "b", "c"], scale) > plain
-    assert reward.contrast(pictures[:3], texts, ["a", "a", "c"], scale) < plain
+    different, alike = torch.tensor([0, 1, 2]), torch.tensor([0, 0, 2])
+    plain = clip.contrast(pictures[:3], texts, different, scale)
+    assert clip.contrast(torch.cat([pictures[:3], texts[:1]]), texts, different, scale) > plain
+    assert clip.contrast(pictures[:3], texts, alike, scale) < plain

@@ -14,10 +14,12 @@ export TOKENIZERS_PARALLELISM ?= false
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
 	touch $@
 
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
 demo: .venv/ready
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		launch/nft.py recipes/shapes/aesthetic.yaml out=runs/demo
-	$(BIN)/python -m nft.summary runs/demo
+	$(LAUNCH) launch/nft.py recipes/shapes/aesthetic.yaml out=runs/demo-full
+	$(LAUNCH) launch/nft.py recipes/shapes/stopped.yaml out=runs/demo-stopped
+	$(BIN)/python -m nft.summary runs/demo-full runs/demo-stopped
 
 test: .venv/ready check
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Measure a value model: python launch/evaluate.py value FOLDER --images FOLDER"""
+"""Measure value models: python launch/evaluate.py value FOLDER... --images FOLDER"""
 
 import argparse
 import sys
@@ -16,11 +16,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     value = commands.add_parser(
         "value",
-        description="The quality of a value model at several noise levels, beside the clean reward, the same tail "
-        "stitched to the raw latent, Tweedie's estimate and a Monte Carlo estimate, and what one score costs.",
+        description="The quality of value models of one reward at several noise levels, beside the reward on clean "
+        "images, Tweedie's estimate and a Monte Carlo estimate, and what one score costs. Models whose run folders "
+        "differ only in a trailing -seedN are reported together. The paper's baseline, the same tail on the raw "
+        "latent, is one more model: stitch it with backbone.block=0.",
     )
-    value.add_argument("folder", type=Path, help="a value model, as launch/stitch.py writes it")
-    value.add_argument("--baseline", type=Path, help="the same reward stitched with backbone.block=0")
+    value.add_argument("folders", type=Path, nargs="+", help="value models, as launch/stitch.py writes them")
     value.add_argument("--images", required=True, help="folder of images (with NAME.txt captions) or a hub data set")
     value.add_argument("--count", type=int, default=200, help="images")
     value.add_argument("--sigmas", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75, 0.9], help="noise levels")
@@ -30,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     value.add_argument("--truth-rollouts", type=int, default=64, help="rollouts that stand for the truth there")
     value.add_argument("--micro-batch", type=int, default=32, help="latents scored at once")
     value.add_argument("--seed", type=int, default=0, help="of the noise")
-    value.add_argument("--out", type=Path, help="JSON file to write")
+    value.add_argument("--out", type=Path, help="JSON file to write, with a plot beside it as PNG")
     return parser.parse_args(arguments)
 
 
@@ -51,7 +52,16 @@ def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     import torch
 
-    from stitchvm_reward.stitching.evaluate import Evaluation, Question, cost, quality, report, save, truth_error
+    from stitchvm_reward.stitching.evaluate import (
+        Evaluation,
+        Question,
+        cost,
+        draw,
+        quality,
+        report,
+        save,
+        truth_error,
+    )
 
     hide_loading_bars()
     question = Question(
@@ -65,13 +75,14 @@ def run(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    evaluation = Evaluation(arguments.folder, arguments.baseline, arguments.truth, question, device)
+    evaluation = Evaluation(arguments.folders, arguments.truth, question, device)
     table = quality(evaluation)
     errors = truth_error(evaluation) if arguments.truth_latents else []
     costs = cost(evaluation)
     print(report(table, errors, costs))
     if arguments.out is not None:
         save(arguments.out, quality=table, errors=errors, costs=costs, device=str(device), torch=torch.__version__)
+        draw(table, arguments.out.with_suffix(".png"))
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Write scenes of the miniature world as PNG files with their captions beside them:
 
-python -m miniature.images --count 4000 --out runs/shapes-images
+python -m miniature.images --count 8000 --out runs/shapes-images
 """
 
 import argparse
@@ -30,7 +30,7 @@ def write(count: int, folder: Path, seed: int = SEED, held_out: bool = False) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=4000, help="number of scenes")
+    parser.add_argument("--count", type=int, default=8000, help="number of scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/shapes-images"), help="folder to write to")
     parser.add_argument("--held-out", action="store_true", help="facts that no model here was trained on")
     arguments = parser.parse_args()

@@ -30,42 +30,53 @@ class Audit:
     def add(self, values: Tensor, rewards: Tensor) -> dict[str, float]:
         """Take one audit's values and true rewards, (samples,) each; returns its figures.
 
-        `bias` is the mean value less the mean reward, `slope` the regression of reward on value: 1 is calibrated.
+        `bias` is the mean value less the mean reward, of this audit; `slope` and `spearman` are of all that are kept.
         """
         values, rewards = values.double(), rewards.double()
         self.pairs = [*self.pairs, [values.tolist(), rewards.tolist()]][-KEPT:]
         bias = float(values.mean() - rewards.mean())
         if len(self.first_bias) < KEPT:
             self.first_bias.append(bias)
-        spread = (values - values.mean()).square().sum()
-        covariance = ((values - values.mean()) * (rewards - rewards.mean())).sum()
         return {
             "audit/value": float(values.mean()),
             "audit/reward": float(rewards.mean()),
             "audit/bias": bias,
-            "audit/slope": float(covariance / spread) if spread > 0 else 0.0,
+            "audit/slope": self.slope(),
             "audit/spearman": self.spearman(),
         }
 
-    def _pooled(self) -> tuple[Tensor, Tensor]:
-        values, rewards = (torch.cat([torch.tensor(pair[side]).double() for pair in self.pairs]) for side in (0, 1))
-        return values, rewards
-
     def spearman(self) -> float:
-        """Rank correlation over the kept audits; 0 where either side does not vary."""
-        values, rewards = self._pooled()
-        if values.min() == values.max() or rewards.min() == rewards.max():
-            return 0.0
-        return float(spearmanr(values, rewards).statistic)
+        """Mean of the kept audits' rank correlations; 0 for one in which either side does not vary."""
+        found = [
+            float(spearmanr(values, rewards).statistic) if len(set(values)) > 1 and len(set(rewards)) > 1 else 0.0
+            for values, rewards in self.pairs
+        ]
+        return sum(found) / len(found)
+
+    def slope(self) -> float:
+        """Slope of the regression of reward on value over the kept audits, 1 where the value is calibrated; each
+        audit's means are taken off first, so that it is not the training's progress that is fitted."""
+        covariance = spread = 0.0
+        for value, reward in self.pairs:
+            values, rewards = torch.tensor(value).double(), torch.tensor(reward).double()
+            covariance += float(((values - values.mean()) * (rewards - rewards.mean())).sum())
+            spread += float((values - values.mean()).square().sum())
+        return covariance / spread if spread > 0 else 0.0
 
     def drift(self) -> str | None:
         """What has come apart, in words, or None."""
-        _, rewards = self._pooled()
+        rewards = torch.tensor([reward for _, kept in self.pairs for reward in kept], dtype=torch.float64)
         found = self.spearman()
         if found < self.recipe.least_spearman:
             return (
                 f"the value model's rank correlation with the true reward is {found:.2f} over {len(rewards)} samples, "
                 f"below audit.least_spearman {self.recipe.least_spearman:g}"
+            )
+        slope, most = self.slope(), self.recipe.most_slope
+        if not 1 / most <= slope <= most:
+            return (
+                f"the true reward changes {slope:.2f} times as much as the value over {len(rewards)} samples, "
+                f"outside {1 / most:.2f} to {most:g} (audit.most_slope)"
             )
         bias = sum(sum(v) / len(v) - sum(r) / len(r) for v, r in self.pairs) / len(self.pairs)
         grown = (bias - sum(self.first_bias) / len(self.first_bias)) / max(float(rewards.std(correction=0)), 1e-8)

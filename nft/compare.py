@@ -7,7 +7,6 @@ training; evaluation and start-up are left out. FLOPs are the plan's.
 """
 
 import argparse
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from nft.trainer import PHASES
 from stitchvm_reward.command import answer
 from stitchvm_reward.errors import InputError, nearest
+from stitchvm_reward.runs.run_folder import arm_of
 from stitchvm_reward.runs.tracking import read_metrics
 
 AXES = {"seconds": "seconds", "teraflop": "TFLOP", "epoch": "epochs"}
@@ -22,7 +22,7 @@ AXES = {"seconds": "seconds", "teraflop": "TFLOP", "epoch": "epochs"}
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's held-out measures over what it had cost by then; every list has one entry an evaluation."""
+    """One run's held-out measures over what it had cost by then, its phases' seconds too; one entry an evaluation."""
 
     name: str
     axes: dict[str, list[float]]
@@ -30,7 +30,7 @@ class Curve:
 
     @property
     def arm(self) -> str:
-        return re.sub(r"-seed\d+$", "", self.name)
+        return arm_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,16 @@ class Reached:
 def read_curve(folder: Path) -> Curve:
     """The curve of a run folder. Raises InputError where it holds no evaluations."""
     rows = read_metrics(folder)
-    axes: dict[str, list[float]] = {axis: [] for axis in AXES}
+    axes: dict[str, list[float]] = {axis: [] for axis in (*AXES, *PHASES)}
     measures: dict[str, list[float]] = {}
-    seconds = teraflop = 0.0
+    spent = dict.fromkeys(axes, 0.0)
     for row in rows:
-        seconds += sum(row.get(f"seconds/{phase}", 0.0) for phase in PHASES)
-        teraflop += row.get("cost/teraflop", 0.0)
+        for phase in PHASES:
+            spent[phase] += row.get(f"seconds/{phase}", 0.0)
+        spent["teraflop"] += row.get("cost/teraflop", 0.0)
+        spent |= {"seconds": sum(spent[phase] for phase in PHASES), "epoch": row["epoch"]}
         if "held_out/total" in row:
-            for axis, value in (("seconds", seconds), ("teraflop", teraflop), ("epoch", row["epoch"])):
+            for axis, value in spent.items():
                 axes[axis].append(value)
             for name, value in row.items():
                 if name.startswith("held_out/") and not name.endswith("_std"):
@@ -96,11 +98,12 @@ def table(curves: list[Curve], measure: str, target: float) -> list[str]:
     lines.append("")
     first: dict[str, float] | None = None
     for arm, all_found in arms.items():
-        mean = {axis: sum(found.cost[axis] for found in all_found) / len(all_found) for axis in AXES}
+        mean = {axis: sum(found.cost[axis] for found in all_found) / len(all_found) for axis in all_found[0].cost}
         first = first or mean
         times = "  ".join(f"{first[axis] / mean[axis]:.2f}x less {AXES[axis]}" for axis in ("seconds", "teraflop"))
         short = f", {missed[arm]} never reached it" if arm in missed else ""
         lines.append(f"{arm:32}{mean['epoch']:8.1f}{mean['seconds']:9.1f}{mean['teraflop']:9.2f}   {times}{short}")
+        lines.append(f"{'':32}" + "  ".join(f"{phase} {mean[phase]:.1f} s" for phase in PHASES if mean[phase]))
     return lines
 
 

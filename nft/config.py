@@ -216,7 +216,10 @@ class AuditRecipe:
     on_drift: str = "warn"
     """warn or stop, when value and true reward have come apart."""
     least_spearman: float = 0.3
-    """They have when their rank correlation over the last three audits is below this."""
+    """They have when their rank correlation, the mean of the last three audits', is below this."""
+    most_slope: float = 1.75
+    """Or when the true reward changes by more than so many times what the value changes by, or by less than its
+    inverse (the slope of their regression over the last three audits; 1 is calibrated)."""
     most_bias: float = 1.5
     """Or when the mean value exceeds the mean true reward by so many of the true reward's standard deviations more
     than in the first three audits."""
@@ -226,6 +229,7 @@ class AuditRecipe:
         at_least("audit.samples", self.samples, 8)
         one_of("audit.on_drift", self.on_drift, ("warn", "stop"))
         require(-1 <= self.least_spearman <= 1, "audit.least_spearman must be in [-1, 1]", self.least_spearman)
+        require(self.most_slope > 1, "audit.most_slope must be above 1", self.most_slope)
         positive("audit.most_bias", self.most_bias)
 
 

@@ -33,6 +33,7 @@ class Costs:
     training_flops: float
     decode_flops: float
     score_flops: float
+    pixel_score_flops: float
     score_unknown: list[str]
     saved_bytes: int
     blocks: int
@@ -83,6 +84,13 @@ def _value_flops(folder: str, transformer: SD3Transformer2DModel, clip_tokens: i
     return _flops(lambda: network(head.features(latents, torch.zeros(1), null, [block])[block]))
 
 
+def _clip_folders(recipe: Recipe) -> list[str]:
+    """The CLIP models that judge images, those that value models stand for among them where their folders are here."""
+    values = [Path(reward.value_model).expanduser() for reward in recipe.rewards if reward.kind == "value"]
+    stitched = [read_config(folder)["reward"]["path"] for folder in values if folder.is_dir()]
+    return [*stitched, *(reward.model for reward in recipe.rewards if reward.model)]
+
+
 def costs(recipe: Recipe) -> Costs:
     """Count parameters, FLOPs and the memory of one sample's training pass on the meta device."""
     transformer_config, vae_config, clip_tokens = configurations(recipe.model.path)
@@ -99,6 +107,7 @@ def costs(recipe: Recipe) -> Costs:
                 for reward in recipe.rewards
                 if reward.kind != "function"
             }
+            on_pixels = [_vision_flops(model) for model in _clip_folders(recipe)]
         policy = Policy(transformer, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.seed)
         policy.network.to("meta")
         side = recipe.model.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -128,6 +137,7 @@ def costs(recipe: Recipe) -> Costs:
         training_flops=training,
         decode_flops=decode,
         score_flops=sum(flops or 0.0 for flops in scores.values()),
+        pixel_score_flops=sum(flops or 0.0 for flops in on_pixels),
         score_unknown=[reward.name for reward in recipe.rewards if scores.get(reward.name) is None],
         # Frozen weights are saved by reference for the backward pass; they are counted with the weights.
         saved_bytes=max(0, saved - weights),
@@ -161,10 +171,13 @@ def work(recipe: Recipe, geometry: Geometry, found: Costs) -> dict[str, float]:
     passes = samples * train.levels_per_sample
     window = recipe.rollout.stop_window
     steps = sum(window) / 2 if window else recipe.rollout.steps
+    to_image = (recipe.rollout.steps - steps) * found.forward_flops + found.decode_flops + found.pixel_score_flops
+    audits = recipe.audit.samples / recipe.audit.every if recipe.audit.every else 0.0
     return {
         "rollout": samples * steps * found.forward_flops / 1e12,
         "decode": 0.0 if window else samples * found.decode_flops / 1e12,
         "score": samples * found.score_flops / 1e12,
+        "audit": audits * to_image / 1e12,
         "train": passes * (found.training_flops + extra * found.forward_flops) / 1e12,
     }
 

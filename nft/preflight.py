@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nft.config import Recipe
+from nft.config import ModelRecipe, Recipe
 from nft.trainer import check_prompts
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import is_hub_id, locate
@@ -21,17 +21,24 @@ def _check_model(model: str, parts: tuple[str, ...]) -> None:
             raise InputError(f"{folder} lacks {part}; a model folder must have {', '.join(parts)}")
 
 
-def check_value_model(folder: str, resolution: int) -> None:
-    """Raise InputError for a value model that is missing, telling how to build it, or of another image size."""
+def check_value_model(folder: str, model: ModelRecipe) -> None:
+    """Raise InputError for a value model that is missing, telling how to build it, or made for another model."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         builders = [file for file in sorted(Path("recipes/stitch").glob("*.yaml")) if _builds(file, path)]
         command = f"accelerate launch launch/stitch.py {builders[0] if builders else 'RECIPE'}"
         raise InputError(f"value model not found: {folder}; build it with: {command}")
-    made_for = read_config(path)["resolution"]
-    if made_for != resolution:
+    config = read_config(path)
+    if config["resolution"] != model.resolution:
         raise InputError(
-            f"{folder} is for {made_for} px, model.resolution is {resolution}: stitch a value model for this size"
+            f"{folder} is for {config['resolution']} px, model.resolution is {model.resolution}: "
+            "stitch a value model for this size"
+        )
+    own = config["backbone"]
+    if own["conditioning"] == "prompt" and own["t5_length"] != model.t5_length:
+        raise InputError(
+            f"{folder} reads prompts of {own['t5_length']} T5 tokens, model.t5_length is {model.t5_length}: "
+            "set the one to the other"
         )
 
 
@@ -50,7 +57,7 @@ def check_recipe(recipe: Recipe) -> None:
             find_function(reward.function)
             continue
         if reward.kind == "value":
-            check_value_model(reward.value_model, recipe.model.resolution)
+            check_value_model(reward.value_model, recipe.model)
             continue
         _check_model(reward.model, ("config.json",))
         if reward.head and not Path(reward.head).expanduser().exists() and reward.head.count("/") != 1:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nft.config import Recipe, RewardRecipe
 from stitchvm_reward.diffusion.backbone import BackboneHead
-from stitchvm_reward.diffusion.generator import Generator
+from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.rewards import FunctionReward, Reward, check_finite, load_reward
 from stitchvm_reward.stitching.value_model import load_value_models, read_config, score_all
 
@@ -48,12 +48,13 @@ class Scorer:
         return self._total({name: reward.score(images, prompts) for name, reward in self.rewards.items()})
 
     @torch.no_grad()
-    def value(self, latents: Tensor, tau: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    def value(self, latents: Tensor, tau: Tensor, prompts: list[str], conditions: Conditions) -> dict[str, Tensor]:
         """(batch,) float32 per value model on latents at levels tau (batch,), and `total`; as `score` otherwise.
 
-        The backbone's blocks must be run without adapters: the caller sees to it.
+        `conditions` are the prompts' embeddings, for value models whose backbone reads them. The backbone's blocks
+        must be run without adapters: the caller sees to it.
         """
-        return self._total(score_all(self.values, latents, tau, prompts))
+        return self._total(score_all(self.values, latents, tau, prompts, conditions))
 
     @torch.no_grad()
     def measure(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:

@@ -167,7 +167,7 @@ class Trainer:
         """Rewards by name: of decoded images, or of the noisy latents where rollouts stop early."""
         if self.recipe.rollout.stop_window:
             with self.timings.phase("score"), self.policy.using(None):
-                return self.scorer.value(rollout.anchor, rollout.tau, texts)
+                return self.scorer.value(rollout.anchor, rollout.tau, texts, rollout.conditions)
         with self.timings.phase("decode"):
             images = self.generator.decode(rollout.anchor)
         with self.timings.phase("score"):

@@ -28,6 +28,8 @@ TINY = (
     "lora.rank=4",
     "lora.alpha=8",  # a scale of 2: a file or a policy that loses it is off by half
     "train.levels_per_sample=1",
+    "train.beta_kl=1e-4",  # with a reference and an old policy of its own: every branch runs
+    "train.old_schedule=1",
     "evaluation.every=0",
     "evaluation.samples=4",
     "evaluation.grid=4",
@@ -59,26 +61,26 @@ def overrides(tmp_path_factory) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def make_trainer(overrides) -> Callable[..., Any]:
-    """make_trainer(out, "key=value", ...) -> a Trainer of the tiny recipe in this process."""
+    """make_trainer(out, "key=value", ..., recipe=PATH) -> a Trainer of the tiny recipe in this process."""
 
-    def make(out: Path, *more: str):
+    def make(out: Path, *more: str, recipe: str = RECIPE):
         from nft.config import load_recipe
         from nft.trainer import Trainer
         from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
 
         accelerator = make_accelerator()
         take_all_cores(accelerator)  # as the command line does: the last bit depends on the number of threads
-        return Trainer(load_recipe(RECIPE, overrides(out, *more)), accelerator)
+        return Trainer(load_recipe(recipe, overrides(out, *more)), accelerator)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def train(make_trainer) -> Callable[..., Any]:
-    """train(out, "key=value", ...) -> the Trainer after its last epoch."""
+    """train(out, "key=value", ..., recipe=PATH) -> the Trainer after its last epoch."""
 
-    def run(out: Path, *more: str):
-        trainer = make_trainer(out, *more)
+    def run(out: Path, *more: str, recipe: str = RECIPE):
+        trainer = make_trainer(out, *more, recipe=recipe)
         trainer.train()
         return trainer
 
@@ -140,7 +142,25 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stitch(image_folder, tmp_path_factory):
+def small_stitch(image_folder) -> list[str]:
+    """What makes a stitching recipe tiny."""
+    return [
+        f"data.images={image_folder}",
+        "data.held_out=8",
+        "search.probe=24",
+        "search.held_out=8",
+        "search.last_reward_block=2",
+        "finetune.epochs=2",
+        "finetune.batch=16",
+        "finetune.micro_batch=8",
+        "finetune.warmup=2",
+        "evaluation.sigmas=[0.25]",
+        "checkpoint.every=1",
+    ]
+
+
+@pytest.fixture(scope="session")
+def stitch(small_stitch, tmp_path_factory):
     """stitch(kind, out, "key=value", ...) -> the folder of a value model of that reward kind."""
     from stitchvm_reward.runs.launcher import make_accelerator
     from stitchvm_reward.stitching.build import build
@@ -149,21 +169,7 @@ def stitch(image_folder, tmp_path_factory):
     cache = tmp_path_factory.mktemp("targets")
 
     def run(kind: str, out: Path, *more: str, only_search: bool = False) -> Path:
-        small = [
-            f"data.images={image_folder}",
-            f"data.cache={cache}",
-            "data.held_out=8",
-            "search.probe=24",
-            "search.held_out=8",
-            "search.last_reward_block=2",
-            "finetune.epochs=2",
-            "finetune.batch=16",
-            "finetune.micro_batch=8",
-            "finetune.warmup=2",
-            "evaluation.sigmas=[0.25]",
-            "checkpoint.every=1",
-        ]
-        recipe = load_stitch_recipe(STITCH[kind], [*small, f"out={out}", *more])
+        recipe = load_stitch_recipe(STITCH[kind], [*small_stitch, f"data.cache={cache}", f"out={out}", *more])
         return build(recipe, make_accelerator(), only_search)
 
     return run

@@ -45,6 +45,22 @@ VAE: dict[str, Any] = {
     "sample_size": 1024,
     "use_quant_conv": False,
     "use_post_quant_conv": False,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
+}
+_VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_VIT_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+VISION: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-large-patch14": {"vision_config": _VIT_L | {"image_size": 224, "patch_size": 14}},
+    "openai/clip-vit-large-patch14-336": {"vision_config": _VIT_L | {"image_size": 336, "patch_size": 14}},
+    "apple/DFN5B-CLIP-ViT-H-14-378": {
+        "vision_config": _VIT_H | {"image_size": 378, "patch_size": 14},
+        "projection_dim": 1024,
+    },
+    "adams-story/HPSv2-hf": {
+        "vision_config": _VIT_H | {"image_size": 224, "patch_size": 14},
+        "projection_dim": 1024,
+    },
 }
 CLIP_TOKENS = 77
 TEXT_PARAMETERS = 123_650_304 + 694_659_840 + 4_762_310_656  # CLIP-L, CLIP-bigG, T5-XXL
@@ -65,3 +81,14 @@ def configurations(model: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     if model not in TRANSFORMERS:
         raise InputError(f"the shape of {model} is not known here; known: {', '.join(TRANSFORMERS)}, or a local folder")
     return TRANSFORMERS[model], VAE, CLIP_TOKENS
+
+
+def vision_configuration(model: str) -> dict[str, Any]:
+    """What a CLIP model's configuration says of its image tower, of a folder or a known hub id."""
+    config = Path(model).expanduser() / "config.json"
+    if config.is_file():
+        content = json.loads(config.read_text())
+        return {"vision_config": content["vision_config"], "projection_dim": content["projection_dim"]}
+    if model not in VISION:
+        raise InputError(f"the shape of {model} is not known here; known: {', '.join(VISION)}, or a local folder")
+    return {"projection_dim": 768} | VISION[model]

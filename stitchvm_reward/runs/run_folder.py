@@ -1,6 +1,7 @@
 """The run folder: made, checked for another run, and never overwritten."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from stitchvm_reward.runs.recipe import dump
 
 # What may change between a run and its continuation without changing what the run computes.
 FREE = ("out", "epochs", "checkpoint.", "evaluation.", "prompts.cache", "data.cache")
+
+
+def arm_of(name: str) -> str:
+    """A run's name without its trailing -seedN: runs that differ in nothing else are one arm of a comparison."""
+    return re.sub(r"-seed\d+$", "", name)
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:

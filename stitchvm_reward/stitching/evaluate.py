@@ -1,18 +1,17 @@
-"""How good is a value model, beside a stitch to the raw latent, Tweedie's estimate and Monte Carlo."""
+"""How good are value models (stitched to blocks or to the raw latent), beside Tweedie's estimate and Monte Carlo."""
 
+import functools
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from stitchvm_reward.diffusion.backbone import BackboneHead
-from stitchvm_reward.diffusion.generator import Generator, encode
+from stitchvm_reward.diffusion.generator import Conditions, Generator, PromptEmbeddings, encode
 from stitchvm_reward.diffusion.path import denoised, noised
 from stitchvm_reward.diffusion.solvers import ancestral_step, sigma_schedule
 from stitchvm_reward.errors import InputError
@@ -20,10 +19,12 @@ from stitchvm_reward.rewards import find_function, load_reward
 from stitchvm_reward.rewards.aesthetic import AestheticReward
 from stitchvm_reward.rewards.clip import ClipReward, TextTower
 from stitchvm_reward.runs import randomness
+from stitchvm_reward.runs.run_folder import arm_of
+from stitchvm_reward.stitching.benchmark import timed
 from stitchvm_reward.stitching.images import find_images
 from stitchvm_reward.stitching.value_model import StitchedValueModel, levels, read_config
 
-METHODS = ("stitched", "latent", "tweedie", "monte carlo")
+MEASURES = ("spearman_clean", "spearman_true", "recall_text", "recall_image")
 
 
 @dataclass(frozen=True)
@@ -39,37 +40,52 @@ class Question:
     truth_latents: int = 8
     truth_rollouts: int = 64
     seed: int = 0
+    cache: str = "~/.cache/stitch-nft/prompts"
+
+
+def _names(folders: list[Path]) -> dict[str, Path]:
+    """Folders by the run that wrote them. Raises InputError where two have one name."""
+    names = [folder.resolve().parent.name if folder.name == "value_model" else folder.name for folder in folders]
+    for name in names:
+        if names.count(name) > 1 or name in ("clean", "tweedie", "monte carlo"):
+            raise InputError(f"every value model needs a name of its own, {name} is taken; rename its run folder")
+    return dict(zip(names, folders, strict=True))
+
+
+def _one_of_all(configs: dict[str, dict]) -> dict:
+    """The first of some value models' configurations. Raises InputError unless all stand for one reward."""
+    (first, one), *others = configs.items()
+    for name, other in others:
+        for key in ("reward", "backbone"):
+            if one[key]["path"] != other[key]["path"] or one["reward"]["head"] != other["reward"]["head"]:
+                raise InputError(f"{name} and {first} have not the same {key}; compare models of one reward only")
+    return one
 
 
 class Evaluation:
-    """A value model, the generator and the pixel reward that it stands for, and images to compare them on."""
+    """Value models of one reward, the generator and that reward itself, and images to compare them on."""
 
-    def __init__(
-        self, folder: Path, baseline: Path | None, truth: str | None, question: Question, device: torch.device
-    ):
+    def __init__(self, folders: list[Path], truth: str | None, question: Question, device: torch.device):
         self.question, self.device = question, device
         self.truth = None if truth is None else find_function(truth)
-        config = read_config(folder)
+        named = _names(folders)
+        config = _one_of_all({name: read_config(folder) for name, folder in named.items()})
         own, reward = config["backbone"], config["reward"]
         dtype = getattr(torch, own["dtype"])
         self.generator = Generator.load(own["path"], dtype, device, config["resolution"])
         head = BackboneHead(self.generator.transformer)
-        self.models = {"stitched": StitchedValueModel.from_pretrained(folder, device, head)}
-        if baseline is not None:
-            self.models["latent"] = StitchedValueModel.from_pretrained(baseline, device, head)
-            if self.models["latent"].block != 0:
-                raise InputError(f"{baseline} is not stitched to the raw latent (backbone.block=0)")
-        self.null = self.models["stitched"].null
+        self.models = {name: StitchedValueModel.from_pretrained(folder, device, head) for name, folder in named.items()}
+        self.null = next(iter(self.models.values())).null
         self.reward = load_reward(reward["kind"], reward["path"], reward["head"], "", device)
         assert isinstance(self.reward, AestheticReward | ClipReward)  # what a value model can be stitched from
         self.reads_text = reward["kind"] == "clip"
+        self.reads_captions = any(model.conditioning == "prompt" for model in self.models.values())
         self.tower = self.reward.tower
-        self.methods = [
-            method
-            for method in METHODS
-            if method in self.models or method == "tweedie" or (method == "monte carlo" and question.rollouts)
-        ]
+        self.methods = [*self.models, "tweedie", *(["monte carlo"] if question.rollouts else [])]
         self.images, self.captions = self._load(config["resolution"])
+        self.embeddings = PromptEmbeddings(own["path"], question.cache, own["t5_length"], dtype, device)
+        if self.reads_captions:
+            self.embeddings.ensure(self.captions)
         with torch.no_grad():
             parts = self.images.split(question.micro_batch)
             self.latents = torch.cat([encode(self.generator.vae, part).cpu() for part in parts])
@@ -78,7 +94,8 @@ class Evaluation:
         found, question = find_images(self.question.images, "train", "image", "text", 0), self.question
         images, captions = [], []
         for index in range(len(found)):
-            caption = found.caption(index) if self.reads_text or self.truth is not None else ""
+            needed = self.reads_text or self.reads_captions or self.truth is not None
+            caption = found.caption(index) if needed else ""
             if self.reads_text and caption in captions:
                 continue  # retrieval needs one right answer
             image = found.load(index, side)
@@ -115,6 +132,11 @@ class Evaluation:
             latents = ancestral_step(latents, clean, noise, now, following)
         return self.generator.decode(latents)
 
+    def _conditions(self, method: str, texts: list[str]) -> Conditions | None:
+        """What a model's backbone reads of captions, where it reads them."""
+        reads = self.models[method].conditioning == "prompt"
+        return self.embeddings.conditions(texts) if reads else None
+
     @torch.no_grad()
     def value(
         self, method: str, latents: Tensor, sigma: float, texts: list[str], seed: int, rollouts: int = 0
@@ -122,7 +144,7 @@ class Evaluation:
         """One method's estimate of the reward, (batch,) float32 on the CPU."""
         latents = latents.to(self.device)
         if method in self.models:
-            return self.models[method].score(latents, sigma, texts).cpu()
+            return self.models[method].score(latents, sigma, texts, self._conditions(method, texts)).cpu()
         if method == "tweedie":
             return self.reward.score(self.tweedie(latents, sigma), texts).cpu()
         generator = torch.Generator().manual_seed(seed)
@@ -131,12 +153,14 @@ class Evaluation:
         return torch.stack(drawn).mean(0)
 
     @torch.no_grad()
-    def embedding(self, method: str, latents: Tensor, sigma: float) -> Tensor:
+    def embedding(self, method: str, latents: Tensor, sigma: float, texts: list[str]) -> Tensor:
         """One method's normalised image embedding, for retrieval."""
         latents = latents.to(self.device)
         if method in self.models:
             model = self.models[method]
-            return model.network(model.features(latents, levels(sigma, latents)))[1].cpu()
+            return model.network(model.features(latents, levels(sigma, latents), self._conditions(method, texts)))[
+                1
+            ].cpu()
         return self.tower.embed(self.tweedie(latents, sigma)).cpu()
 
     def rows(self) -> list[range]:
@@ -183,7 +207,7 @@ def quality(evaluation: Evaluation) -> list[dict]:
             for r in rows:
                 latents = evaluation.noisy(sigma, r)
                 if text_embedding is not None and method != "monte carlo":
-                    embeddings.append(evaluation.embedding(method, latents, sigma))
+                    embeddings.append(evaluation.embedding(method, latents, sigma, texts[r.start : r.stop]))
                     values.append((embeddings[-1] * text_embedding[r.start : r.stop]).sum(-1))
                 else:
                     values.append(evaluation.value(method, latents, sigma, texts[r.start : r.stop], seed=r.start))
@@ -213,58 +237,73 @@ def cost(evaluation: Evaluation, repeats: int = 5) -> list[dict]:
     question, found = evaluation.question, []
     size = min(question.micro_batch, len(evaluation.images))
     latents, texts = evaluation.noisy(0.5, range(size)), evaluation.captions[:size]
-    cuda = evaluation.device.type == "cuda"
     for method in evaluation.methods:
-
-        def once(chosen: str = method) -> None:
-            evaluation.value(chosen, latents, 0.5, texts, 0)
-
-        once()
-        counter = FlopCounterMode(display=False)
-        with counter:
-            once()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        times = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            once()
-            if cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-        found.append(
-            {
-                "method": method,
-                "milliseconds": sorted(times)[repeats // 2] / size * 1e3,
-                "gigaflop": counter.get_total_flops() / size / 1e9,
-                "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
-            }
-        )
+        score = functools.partial(evaluation.value, method, latents, 0.5, texts, 0)
+        found.append({"method": method, "sigma": None, **timed(score, size, evaluation.device, repeats)})
     return found
 
 
+def _cells(rows: list[dict], measure: str, sigma: float | None) -> str:
+    """Mean of a measure over runs, with the standard error of it where there are several."""
+    values = [row[measure] for row in rows if row["sigma"] == sigma and row.get(measure) is not None]
+    if not values:
+        return f"{'-':>14}"
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:>14.3f}"
+    error = (sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)) ** 0.5
+    return f"{mean:>8.3f} ±{error:.3f}"
+
+
+def _by_arm(rows: list[dict]) -> dict[str, list[dict]]:
+    arms: dict[str, list[dict]] = {}
+    for row in rows:
+        arms.setdefault(arm_of(row["method"]), []).append(row)
+    return arms
+
+
 def report(table: list[dict], errors: list[dict], costs: list[dict]) -> str:
-    """All three as text, one line a method and one column a level."""
+    """All three as text, one line a method and one column a level; models that differ in -seedN are one method."""
     sigmas = sorted({row["sigma"] for row in table if row["sigma"] is not None})
+    head = "".join(f"{sigma:>14g}" for sigma in sigmas)
+    width = max(len(row["method"]) for row in table) + 2
     lines = []
-    measures = [key for key in ("spearman_clean", "spearman_true", "recall_text", "recall_image") if key in table[0]]
-    for measure in measures:
-        lines.append(f"{measure:<16}" + "".join(f"{sigma:>9g}" for sigma in sigmas) + f"{'clean':>9}")
-        for method in dict.fromkeys(row["method"] for row in table[1:]):
-            values = {row["sigma"]: row.get(measure) for row in table if row["method"] == method}
-            cells = "".join(f"{values[s]:>9.3f}" if values.get(s) is not None else f"{'-':>9}" for s in sigmas)
-            lines.append(f"{method:<16}{cells}" + (f"{table[0][measure]:>9.3f}" if method == "stitched" else ""))
+    for measure in [measure for measure in MEASURES if measure in table[0]]:
+        lines += ["", f"{measure:<{width}}{head}   (clean images: {table[0][measure]:.3f})"]
+        for name, rows in _by_arm(table[1:]).items():
+            lines.append(f"{name:<{width}}" + "".join(_cells(rows, measure, sigma) for sigma in sigmas))
     if errors:
-        lines.append(f"{'squared error':<16}" + "".join(f"{sigma:>9g}" for sigma in sigmas))
-        for method in dict.fromkeys(row["method"] for row in errors):
-            values = {row["sigma"]: row["squared_error"] for row in errors if row["method"] == method}
-            lines.append(f"{method:<16}" + "".join(f"{values[s]:>9.4f}" for s in sigmas))
-    lines.append(f"{'cost of a score':<16}{'ms':>9}{'GFLOP':>9}{'MiB':>9}")
-    for row in costs:
-        memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        lines.append(f"{row['method']:<16}{row['milliseconds']:>9.2f}{row['gigaflop']:>9.3f}{memory:>9}")
+        lines += ["", f"{'squared error':<{width}}{head}"]
+        for name, rows in _by_arm(errors).items():
+            lines.append(f"{name:<{width}}" + "".join(_cells(rows, "squared_error", sigma) for sigma in sigmas))
+    lines += ["", f"{'one score':<{width}}{'ms':>14}{'GFLOP':>14}{'MiB':>14}"]
+    for name, rows in _by_arm(costs).items():
+        cells = [_cells(rows, key, None) for key in ("milliseconds", "gigaflop", "peak_mib")]
+        lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)
+
+
+def draw(table: list[dict], path: Path) -> None:
+    """Each measure over the noise level as PNG, one curve a method with all of its runs, clean images dotted."""
+    from matplotlib.figure import Figure
+
+    measures = [measure for measure in MEASURES if measure in table[0]]
+    figure = Figure(figsize=(5 * len(measures), 3.6), layout="constrained")
+    for place, measure in enumerate(measures):
+        axes = figure.add_subplot(1, len(measures), place + 1)
+        axes.axhline(table[0][measure], color="grey", linestyle=":", label="clean images")
+        for number, (name, rows) in enumerate(_by_arm(table[1:]).items()):
+            known = [row for row in rows if row.get(measure) is not None]
+            sigmas = sorted({row["sigma"] for row in known})
+            means = [[row[measure] for row in known if row["sigma"] == sigma] for sigma in sigmas]
+            if known:
+                axes.plot([r["sigma"] for r in known], [r[measure] for r in known], ".", color=f"C{number}")
+                axes.plot(sigmas, [sum(m) / len(m) for m in means], color=f"C{number}", label=name)
+        axes.set_xlabel("sigma")
+        axes.set_ylabel(measure)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def save(path: Path, **parts) -> None:

@@ -24,27 +24,41 @@ CLOSE_WEIGHTS = 5e-5
 # even: two micro batches. uneven: nine samples in five micro batches, the last one short, in two optimizer steps.
 EVEN = ("rollout.groups=2", "rollout.group_size=4", "rollout.micro_batch=4", "train.updates_per_epoch=1")
 UNEVEN = ("rollout.groups=3", "rollout.group_size=3", "rollout.micro_batch=2", "train.updates_per_epoch=2")
+# Groups that stop at different steps, scored by a value model, some of them audited.
+VALUE = "rewards=[{kind: value, value_model: miniature/weights/value/aesthetic}]"
+STOPPED = (
+    *UNEVEN,
+    VALUE,
+    "rollout.stop_window=[1,2]",
+    "audit.every=1",
+    "audit.samples=8",
+    "audit.least_spearman=-1",
+    "audit.most_slope=1e6",
+)
+# 64 images less 8 in steps of 20 and micro batches of 8: the last one short, and three for two processes.
+STITCHED = ("finetune.batch=20", "backbone.block=2", "reward.block=1")
+STITCH = "recipes/stitch/shapes_aesthetic.yaml"
 COMMON = (f"epochs={EPOCHS}", "evaluation.every=1", "evaluation.samples=5", "checkpoint.keep=9")
 
 
 @pytest.fixture(scope="module")
-def launch(overrides, tmp_path_factory):
+def launch(overrides, small_stitch, tmp_path_factory):
     """launch(processes, {name: settings}) -> {name: run folder}, all in one start of that many processes.
 
-    A run named `unreduced` never reduces its gradients.
+    A run named `unreduced` never reduces its gradients; one named `stitch` builds a value model.
     """
 
     def start(processes: int, runs: dict[str, tuple[str, ...]]) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp(f"processes-{processes}")
-        plan = [
-            {
-                "recipe": RECIPE,
-                "out": str(folder / name),
-                "overrides": overrides(folder / name, *COMMON, *settings),
-                "reduced": name != "unreduced",
-            }
-            for name, settings in runs.items()
-        ]
+        plan = []
+        for name, settings in runs.items():
+            out = folder / name
+            if name == "stitch":
+                cache = f"data.cache={folder}/cache"
+                plan.append({"recipe": STITCH, "overrides": [*small_stitch, f"out={out}", cache, *settings]})
+                continue
+            given = overrides(out, *COMMON, *settings)
+            plan.append({"recipe": RECIPE, "out": str(out), "overrides": given, "reduced": name != "unreduced"})
         (folder / "plan.json").write_text(json.dumps(plan))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         done = subprocess.run(
@@ -62,7 +76,7 @@ def launch(overrides, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(launch):
-    return launch(1, {"even": EVEN, "uneven": UNEVEN})
+    return launch(1, {"even": EVEN, "uneven": UNEVEN, "stopped": STOPPED, "stitch": STITCHED})
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +86,7 @@ def two(launch):
 
 @pytest.fixture(scope="module")
 def two_uneven(launch):
-    return launch(2, {"uneven": UNEVEN})["uneven"]
+    return launch(2, {"uneven": UNEVEN, "stopped": STOPPED, "stitch": STITCHED})
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +144,11 @@ def test_two_processes_equal_one_process_with_accumulation_of_two(one, two, rows
 
 
 def test_two_processes_collect_the_samples_of_one_where_the_work_does_not_divide(one, two_uneven):
-    assert_same_samples(one["uneven"], two_uneven, processes=2, samples=9)
+    assert_same_samples(one["uneven"], two_uneven["uneven"], processes=2, samples=9)
 
 
 def test_two_processes_equal_one_where_the_work_does_not_divide(one, two_uneven, rows, adapters):
-    assert_same_training(one["uneven"], two_uneven, rows, adapters)
+    assert_same_training(one["uneven"], two_uneven["uneven"], rows, adapters)
 
 
 def test_three_processes_collect_the_samples_of_one_where_the_work_does_not_divide(one, three_uneven):
@@ -143,6 +157,27 @@ def test_three_processes_collect_the_samples_of_one_where_the_work_does_not_divi
 
 def test_three_processes_equal_one_where_the_work_does_not_divide(one, three_uneven, rows, adapters):
     assert_same_training(one["uneven"], three_uneven, rows, adapters)
+
+
+def test_two_processes_equal_one_on_rollouts_that_stop_early(one, two_uneven, rows, adapters):
+    assert_same_samples(one["stopped"], two_uneven["stopped"], processes=2, samples=9)
+    assert_same_training(one["stopped"], two_uneven["stopped"], rows, adapters)
+    for ours, theirs in zip(rows(two_uneven["stopped"])[1:], rows(one["stopped"])[1:], strict=True):
+        for key in ("audit/value", "audit/reward", "audit/spearman"):
+            assert ours[key] == pytest.approx(theirs[key], abs=CLOSE), key
+
+
+def test_two_processes_build_the_value_model_of_one(one, two_uneven, rows):
+    ours, theirs = (rows(runs["stitch"]) for runs in (two_uneven, one))
+    assert len(ours) == len(theirs) == 3
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, abs=CLOSE)
+    first, last, other = (
+        load_file(run / "checkpoints" / f"epoch-{epoch:06d}" / "network.safetensors")
+        for run, epoch in ((one["stitch"], 1), (one["stitch"], 2), (two_uneven["stitch"], 2))
+    )
+    assert furthest(last, other) < CLOSE_WEIGHTS
+    assert furthest(last, first) > 100 * CLOSE
 
 
 def test_gradients_of_one_process_alone_give_other_weights(one, two, adapters):

@@ -2,7 +2,8 @@
 
 Each run is {"recipe": ..., "overrides": [...], "out": FOLDER, "reduced": true}. Every process leaves what it
 collected in the first epoch in FOLDER/rank-N.safetensors; the run itself leaves metrics and checkpoints there.
-`"reduced": false` is the fault to look out for: gradients stay on the process that computed them.
+`"reduced": false` is the fault to look out for: gradients stay on the process that computed them. A run under
+recipes/stitch builds a value model.
 """
 
 import contextlib
@@ -15,11 +16,16 @@ from safetensors.torch import save_file
 from nft.config import load_recipe
 from nft.trainer import Trainer
 from stitchvm_reward.runs.launcher import make_accelerator
+from stitchvm_reward.stitching.build import build
+from stitchvm_reward.stitching.config import load_stitch_recipe
 
 
 def main(plan: Path) -> None:
     accelerator = make_accelerator()
     for run in json.loads(plan.read_text()):
+        if "stitch" in run["recipe"]:
+            build(load_stitch_recipe(run["recipe"], run["overrides"]), accelerator)
+            continue
         trainer = Trainer(load_recipe(run["recipe"], run["overrides"]), accelerator)
         collected = {}
         for rollout in trainer.collect(0):

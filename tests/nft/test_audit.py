@@ -29,6 +29,25 @@ def test_a_value_that_follows_nothing_is_reported_within_three_audits():
     assert any(told) and "rank correlation" in next(text for text in told if text)
 
 
+def test_a_value_that_ranks_well_at_another_scale_is_reported():
+    for scale in (0.3, 4.0):
+        audit = Audit(AuditRecipe(every=1))
+        values, truth = pairs(32, 0.8)
+        figures = audit.add(5 + scale * (values - 5), truth)
+        assert abs(figures["audit/slope"] * scale - 0.8) < 0.3
+        drift = audit.drift() or ""
+        assert "times as much as the value" in drift and "0.57 to 1.75" in drift
+
+
+def test_progress_of_the_training_is_not_taken_for_agreement():
+    audit = Audit(AuditRecipe(every=1))
+    for seed in range(3):
+        values, truth = pairs(32, 0.0, seed=seed)
+        figures = audit.add(values + 5 * seed, truth + 5 * seed)
+    assert abs(figures["audit/spearman"]) < 0.3 and abs(figures["audit/slope"]) < 0.3
+    assert "rank correlation" in (audit.drift() or "")
+
+
 def test_a_value_that_rises_away_from_the_reward_is_reported():
     audit = Audit(AuditRecipe(every=1))
     for seed in range(3):

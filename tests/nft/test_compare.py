@@ -22,10 +22,18 @@ def write(folder, values, seconds, teraflop=2.0):
 
 def test_a_target_is_reached_in_proportion_between_two_evaluations(tmp_path):
     curve = read_curve(write(tmp_path / "run", [1.0, None, 2.0, None, 4.0], seconds=10.0))
-    assert curve.axes == {"seconds": [0.0, 20.0, 40.0], "teraflop": [0.0, 4.0, 8.0], "epoch": [0, 2, 4]}
+    whole = {"seconds": [0.0, 20.0, 40.0], "teraflop": [0.0, 4.0, 8.0], "epoch": [0, 2, 4]}
+    assert curve.axes == whole | {
+        "rollout": [0.0, 10.0, 20.0],
+        "train": [0.0, 10.0, 20.0],
+        "decode": [0.0] * 3,
+        "score": [0.0] * 3,
+        "audit": [0.0] * 3,
+    }
     assert set(curve.measures) == {"total", "truth"}
     found = reached(curve, "truth", 3.0)
-    assert found.cost == pytest.approx({"seconds": 30.0, "teraflop": 6.0, "epoch": 3.0})
+    assert found.cost["seconds"] == 30.0 and found.cost["teraflop"] == 6.0 and found.cost["epoch"] == 3.0
+    assert found.cost["rollout"] == 15.0
     assert found.measures["truth"] == pytest.approx(3.0)
     assert reached(curve, "truth", 5.0) is None
     assert reached(curve, "truth", 0.5).cost["seconds"] == 0
@@ -41,6 +49,7 @@ def test_arms_are_compared_with_the_first(tmp_path):
     curves = [read_curve(folder) for folder in folders]
     text = "\n".join(table(curves, "truth", 2.0))
     assert "1.00x less seconds" in text and "3.00x less seconds" in text and "1.50x less TFLOP" in text
+    assert "rollout 2.5 s  train 2.5 s" in text
     assert "1 never reached it" in text and "best 0.5" in text
     draw(curves, ["truth"], 2.0, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").read_bytes()[:4] == b"\x89PNG"

@@ -9,7 +9,7 @@ from nft.plan import cost_lines, costs, work, work_lines
 
 @pytest.fixture(scope="module")
 def medium():
-    recipe = load_recipe("recipes/aesthetic_pixel.yaml")
+    recipe = load_recipe("recipes/aesthetic_published.yaml")
     return recipe, costs(recipe)
 
 
@@ -29,7 +29,7 @@ def test_costs_of_one_sample_are_those_worked_out_by_hand(medium, field, teraflo
 
 def test_attn2_adds_layers_only_to_the_first_blocks():
     targets = "[attn.to_q,attn2.to_q]"
-    recipe = load_recipe("recipes/aesthetic_pixel.yaml", [f"lora.targets={targets}"])
+    recipe = load_recipe("recipes/aesthetic_published.yaml", [f"lora.targets={targets}"])
     assert costs(recipe).adapted_layers == 24 + 13
 
 
@@ -46,8 +46,10 @@ def test_a_stopped_run_counts_the_steps_it_takes_and_decodes_nothing(medium):
     _, found = medium
     recipe = load_recipe("recipes/aesthetic.yaml")
     phases = work(recipe, geometry_of(recipe, 1), found)
-    assert phases["rollout"] == pytest.approx(1152 * 14.5 * found.forward_flops / 1e12) and phases["decode"] == 0
-    assert "stopped after 12 to 17" in "\n".join(work_lines(recipe, 1))
+    assert phases["rollout"] == pytest.approx(192 * 5 * found.forward_flops / 1e12) and phases["decode"] == 0
+    # every tenth epoch 32 samples go the rest of the way
+    assert phases["audit"] == pytest.approx(3.2 * (5 * found.forward_flops + found.decode_flops) / 1e12)
+    assert "stopped after 4 to 6" in "\n".join(work_lines(recipe, 1))
 
 
 def test_the_plan_of_a_local_folder_needs_no_hub_and_names_uneven_shares():

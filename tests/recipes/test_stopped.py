@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nft.config import load_recipe
+from nft.config import ModelRecipe, load_recipe
 from nft.preflight import check_recipe, check_value_model
 from stitchvm_reward.errors import InputError
 
@@ -24,6 +24,7 @@ def stopped(aesthetic_folder):
             "audit.every=1",
             "audit.samples=8",
             "audit.least_spearman=-1",
+            "audit.most_slope=1e6",
             "audit.most_bias=1e6",
         )
 
@@ -72,12 +73,28 @@ def test_a_missing_value_model_is_answered_with_the_command_that_builds_it(tmp_p
     with pytest.raises(
         InputError, match=r"build it with: accelerate launch launch/stitch\.py recipes/stitch/mine\.yaml"
     ):
-        check_value_model("runs/stitch/mine/value_model", 64)
+        check_value_model("runs/stitch/mine/value_model", ModelRecipe(path="anywhere", resolution=64))
 
 
 def test_a_value_model_of_another_size_is_refused_before_anything_is_loaded(overrides, tmp_path, stopped):
     recipe = load_recipe(RECIPE, overrides(tmp_path / "run", *stopped(), "model.resolution=128"))
     with pytest.raises(InputError, match=r"is for 64 px, model\.resolution is 128"):
+        check_recipe(recipe)
+
+
+def test_a_value_model_whose_backbone_reads_prompts_scores_by_them(make_trainer, tmp_path, stopped, stitch, overrides):
+    more = ("backbone.block=2", "reward.block=1", "backbone.conditioning=prompt")
+    folder = stitch("aesthetic", tmp_path / "prompted" / "stitch", *more)
+    trainer = make_trainer(tmp_path / "run", *stopped(folder))
+    rollout = trainer.collect(0)[0]
+    own, model = rollout.conditions, next(iter(trainer.scorer.values.values()))
+    others = own.select(torch.arange(len(rollout.samples)).flip(0))
+    with torch.no_grad(), trainer.policy.using(None):
+        found = [model.score(rollout.anchor, rollout.tau, conditions=c) for c in (own, others)]
+    assert torch.equal(rollout.rewards["total"], found[0])
+    assert not torch.equal(found[0], found[1])
+    recipe = load_recipe(RECIPE, overrides(tmp_path / "other", *stopped(folder), "model.t5_length=20"))
+    with pytest.raises(InputError, match=r"reads prompts of 13 T5 tokens, model\.t5_length is 20"):
         check_recipe(recipe)
 
 

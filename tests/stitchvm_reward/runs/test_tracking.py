@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from nft.summary import summary_lines
+from nft.summary import read_run, summary_lines
+from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.tracking import Timings, Tracker, before_after, curves, read_metrics
 
 
@@ -46,16 +47,18 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
     assert [found["epoch"] for found in read_metrics(tmp_path)] == [0]
 
 
-def test_the_summary_shows_change_spread_and_where_the_time_went(tmp_path):
-    write(tmp_path, [row(0, 1.0), row(1, 1.5), row(2, 4.0)])
-    text = "\n".join(summary_lines(tmp_path))
-    assert "+3.000" in text and "(0.500, 0.500)" in text
+def test_the_summary_shows_change_spread_and_where_the_time_went_of_each_run(tmp_path):
+    for name, last in (("first", 4.0), ("second", 2.0)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, [row(0, 1.0), row(1, 1.5), row(2, last)])
+    text = "\n".join(summary_lines([read_run(tmp_path / name) for name in ("first", "second")]))
+    assert "4.000 +3.000 (0.500)" in text and "2.000 +1.000 (0.500)" in text
     assert "9.0 s" in text and "100%" in text
 
 
 def test_a_run_that_never_finished_has_no_summary(tmp_path):
-    with pytest.raises(SystemExit, match="no finished run"):
-        summary_lines(tmp_path)
+    with pytest.raises(InputError, match="no finished run"):
+        read_run(tmp_path)
 
 
 def test_phases_add_up_until_taken():

@@ -1,0 +1,107 @@
+"""What one score costs: a stitched value beside Tweedie's, at the real shapes and with random weights."""
+
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPConfig, CLIPModel
+
+from stitchvm_reward.diffusion.architectures import configurations, vision_configuration
+from stitchvm_reward.diffusion.backbone import BackboneHead
+from stitchvm_reward.diffusion.generator import Conditions, Generator
+from stitchvm_reward.diffusion.path import denoised
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.rewards.preprocess import normalise, resize_and_crop
+from stitchvm_reward.rewards.tail import RewardTail
+from stitchvm_reward.stitching.config import StitchRecipe
+from stitchvm_reward.stitching.value_model import ValueNetwork
+
+SIGMA = 0.5
+
+
+def timed(call: Callable[[], Any], samples: int, device: torch.device, repeats: int) -> dict[str, float | None]:
+    """Median milliseconds, GFLOP and, on a GPU, peak MiB of a call, the first two per sample, after one to warm up."""
+    cuda = device.type == "cuda"
+    counter = FlopCounterMode(display=False)
+    with counter:
+        call()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return {
+        "milliseconds": sorted(times)[repeats // 2] / samples * 1e3,
+        "gigaflop": counter.get_total_flops() / samples / 1e9,
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
+    }
+
+
+def randomised(network: nn.Module, dtype: torch.dtype, device: torch.device) -> Any:
+    """A network of the meta device on a real one, its weights drawn: a GPU is faster on zeros than on numbers."""
+    network = network.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    for tensor in [*network.parameters(), *network.buffers()]:
+        if tensor.is_floating_point():
+            tensor.normal_(0, 0.02)
+        elif tensor.ndim:  # positions
+            tensor.copy_(torch.arange(tensor.numel(), device=device).view_as(tensor))
+    return network
+
+
+def score_costs(recipe: StitchRecipe, batch: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """One row for a stitched value and one for Tweedie's, of `batch` latents at once, in this one run.
+
+    `recipe` names the shapes and the blocks; its hub ids are not asked, nothing is read but configurations. Raises
+    InputError for a model whose shape is not known here.
+    """
+    block, reward_block = recipe.backbone.block or 4, recipe.reward.block or 1
+    transformer_config, vae_config, clip_tokens = configurations(recipe.backbone.path)
+    clip_config = CLIPConfig(**vision_configuration(recipe.reward.model))
+    dtype, depth = getattr(torch, recipe.backbone.dtype), int(transformer_config["num_layers"])
+    if block > depth:
+        raise InputError(f"backbone.block must be at most {depth}, the backbone's blocks, got {block}")
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(transformer_config)
+        vae = AutoencoderKL.from_config(vae_config)
+        clip = CLIPModel(clip_config)
+    transformer = randomised(transformer, dtype, device)
+    clip = randomised(clip, torch.float32, device)
+    generator = Generator(transformer, randomised(vae, torch.float32, device), 3.0, recipe.backbone.resolution)
+    head = BackboneHead(transformer)
+    network = ValueNetwork(head.width(block), RewardTail(clip, reward_block)).to(device).eval()
+    tokens = torch.randn(batch, clip_tokens + recipe.backbone.t5_length, transformer.config.joint_attention_dim)
+    pooled = torch.randn(batch, transformer.config.pooled_projection_dim)
+    conditions = Conditions(tokens.to(device, dtype), pooled.to(device, dtype))
+    latents = torch.randn(batch, *generator.latent_shape, device=device)
+    sigma = torch.full((batch,), SIGMA, device=device)
+
+    def stitched() -> Tensor:
+        return network(head.features(latents, sigma, conditions, [block])[block])[1]
+
+    def tweedie() -> Tensor:
+        velocity = generator.velocity(latents, sigma, conditions).float()
+        images = generator.decode(denoised(latents, velocity, sigma[:, None, None, None]))
+        pixels = normalise(resize_and_crop(images, clip_config.vision_config.image_size))
+        return clip.get_image_features(pixel_values=pixels).pooler_output
+
+    with torch.no_grad():
+        return [
+            {"method": name} | timed(call, batch, device, repeats)
+            for name, call in (("stitched", stitched), ("tweedie", tweedie))
+        ]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What figures are worth nothing without."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -1,0 +1,61 @@
+"""The benchmark of one score: what it counts, and what it refuses. No time is asserted."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from stitchvm_reward.diffusion.architectures import VISION, vision_configuration
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.stitching.benchmark import randomised, score_costs
+from stitchvm_reward.stitching.config import load_stitch_recipe
+
+RECIPE = "recipes/stitch/shapes_clip.yaml"
+
+
+def test_both_scores_are_timed_and_counted_in_one_run():
+    shallow, deep = (
+        score_costs(load_stitch_recipe(RECIPE, [f"backbone.block={block}"]), 2, 1, torch.device("cpu"))
+        for block in (1, 4)
+    )
+    assert [row["method"] for row in deep] == ["stitched", "tweedie"]
+    assert shallow[0]["gigaflop"] < deep[0]["gigaflop"] < deep[1]["gigaflop"] == shallow[1]["gigaflop"]
+    assert all(row["milliseconds"] > 0 and row["peak_mib"] is None for row in deep)
+
+
+def test_weights_are_drawn_and_positions_kept():
+    with torch.device("meta"):
+        network = nn.Sequential(nn.Linear(8, 8))
+        network.register_buffer("positions", torch.zeros(1, 5, dtype=torch.long))
+    made = randomised(network, torch.bfloat16, torch.device("cpu"))
+    assert made[0].weight.dtype == torch.bfloat16 and made[0].weight.float().std() > 0
+    assert made.positions.tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_published_towers_have_their_published_widths():
+    assert {name: vision_configuration(name)["projection_dim"] for name in VISION} == {
+        "openai/clip-vit-large-patch14": 768,
+        "openai/clip-vit-large-patch14-336": 768,
+        "apple/DFN5B-CLIP-ViT-H-14-378": 1024,
+        "adams-story/HPSv2-hf": 1024,
+    }
+    with pytest.raises(InputError, match="the shape of somebody/clip is not known here"):
+        vision_configuration("somebody/clip")
+
+
+def test_the_command_writes_what_it_printed_and_refuses_in_one_line(tmp_path):
+    def benchmark(*arguments):
+        command = [sys.executable, "launch/benchmark.py", RECIPE, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = benchmark("--batch", 1, "--repeats", 1, "--out", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    assert "x cheaper in time" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["resolution"] == 64 and [row["method"] for row in found["scores"]] == ["stitched", "tweedie"]
+    for arguments, told in ((("--batch", 0), "--batch must be at least 1"), (("backbone.block=9",), "at most 6")):
+        done = benchmark(*arguments)
+        assert done.returncode == 2 and told in done.stderr and len(done.stderr.strip().splitlines()) == 1

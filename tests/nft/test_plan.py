@@ -53,7 +53,7 @@ def test_a_stopped_run_counts_the_steps_it_takes_and_decodes_nothing(medium):
 
 
 def test_the_plan_of_a_local_folder_needs_no_hub_and_names_uneven_shares():
-    recipe = load_recipe("recipes/shapes/aesthetic.yaml")
+    recipe = load_recipe("recipes/shapes/aesthetic.yaml", ["rollout.micro_batch=16"])
     text = "\n".join([*work_lines(recipe, 3), *cost_lines(recipe, 3)])
     assert "1 to 2 micro batches each" in text
     assert "miniature/weights/sd3" in text and "GiB" in text

@@ -86,9 +86,9 @@ def test_a_value_model_whose_backbone_reads_prompts_scores_by_them(make_trainer,
     more = ("backbone.block=2", "reward.block=1", "backbone.conditioning=prompt")
     folder = stitch("aesthetic", tmp_path / "prompted" / "stitch", *more)
     trainer = make_trainer(tmp_path / "run", *stopped(folder))
-    rollout = trainer.collect(0)[0]
-    own, model = rollout.conditions, next(iter(trainer.scorer.values.values()))
-    others = own.select(torch.arange(len(rollout.samples)).flip(0))
+    rollout, another = trainer.collect(0)[:2]
+    own, others = rollout.conditions, another.conditions
+    model = next(iter(trainer.scorer.values.values()))
     with torch.no_grad(), trainer.policy.using(None):
         found = [model.score(rollout.anchor, rollout.tau, conditions=c) for c in (own, others)]
     assert torch.equal(rollout.rewards["total"], found[0])

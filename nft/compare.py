@@ -123,6 +123,8 @@ def draw(curves: list[Curve], measures: list[str], target: float, path: Path) ->
             if row == 0:
                 axes.axhline(target, color="grey", linestyle=":")
                 axes.legend(fontsize=7)
+            # The arms lie far apart, and every run begins at a cost of nothing.
+            axes.set_xscale("symlog", linthresh=min(cost for curve in curves for cost in curve.axes[axis] if cost > 0))
             axes.set_xlabel(AXES[axis])
             axes.set_ylabel(measure)
             axes.grid(alpha=0.3)

@@ -125,6 +125,7 @@ def draw(curves: list[Curve], measures: list[str], target: float, path: Path) ->
                 axes.legend(fontsize=7)
             # The arms lie far apart, and every run begins at a cost of nothing.
             axes.set_xscale("symlog", linthresh=min(cost for curve in curves for cost in curve.axes[axis] if cost > 0))
+            axes.set_xlim(left=0)
             axes.set_xlabel(AXES[axis])
             axes.set_ylabel(measure)
             axes.grid(alpha=0.3)

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from nft.objective import SPACES
+from nft.policy import INITS
 from stitchvm_reward.diffusion.solvers import SOLVERS
 from stitchvm_reward.rewards import KINDS
 from stitchvm_reward.runs.recipe import DTYPES, CheckpointRecipe, at_least, one_of, positive, read_recipe, require
@@ -24,9 +25,16 @@ class ModelRecipe:
     """Side of the images, in pixels."""
     t5_length: int = 256
     """Tokens of T5 text, in training and evaluation alike."""
+    vae_dtype: str = "float32"
+    """float32 or bfloat16, of the autoencoder; float16 overflows in it."""
+    vae_slicing: bool = False
+    """Decode one image at a time: the decoder's memory no longer grows with rollout.micro_batch."""
+    compile: bool = False
+    """torch.compile the transformer's blocks: minutes at the start, shorter steps from then on."""
 
     def __post_init__(self):
         one_of("model.dtype", self.dtype, DTYPES)
+        one_of("model.vae_dtype", self.vae_dtype, ("float32", "bfloat16"))
         require(
             self.resolution > 0 and self.resolution % 16 == 0,
             "model.resolution must be a multiple of 16",
@@ -132,12 +140,19 @@ class LoraRecipe:
     alpha: int = 64
     """Scale numerator: the update is alpha / rank * B A."""
     targets: list[str] = field(default_factory=lambda: [f"attn.{name}" for name in ATTENTION])
-    """Layers to adapt, by the end of their names."""
+    """Layers to adapt, by the end of their names: `attn2.to_q` and its like add Medium's second attention."""
+    init: str = "gaussian"
+    """How A begins: gaussian (of deviation 1 / rank, as DiffusionNFT) or kaiming (uniform, as PEFT by default). B
+    begins at zero, so that the policy begins as the base model."""
+    start: str = ""
+    """LoRA file to begin from instead, as launch/export.py writes them or training leaves it: of the same rank, on the
+    same layers. The reference of train.beta_kl stays the base model."""
 
     def __post_init__(self):
         at_least("lora.rank", self.rank, 1)
         at_least("lora.alpha", self.alpha, 1)
         require(bool(self.targets), "lora.targets must name at least one layer", self.targets)
+        one_of("lora.init", self.init, INITS)
 
 
 @dataclass
@@ -168,6 +183,11 @@ class TrainRecipe:
     """Gradients are clipped to this norm."""
     ema_decay: float = 0.9
     """Ceiling of the evaluation average's decay."""
+    optimizer: str = "adamw"
+    """adamw, or adamw_8bit: its moments in 8 bits, by bitsandbytes (a GPU; installed as the extra `8bit`)."""
+    gradient_checkpointing: bool = False
+    """Keep only each block's input for the backward pass and run the block again there: a third more work in training,
+    a small part of its memory."""
 
     def __post_init__(self):
         at_least("train.updates_per_epoch", self.updates_per_epoch, 1)
@@ -182,6 +202,7 @@ class TrainRecipe:
         at_least("train.weight_decay", self.weight_decay, 0)
         positive("train.max_gradient_norm", self.max_gradient_norm)
         require(0 <= self.ema_decay < 1, "train.ema_decay must be in [0, 1)", self.ema_decay)
+        one_of("train.optimizer", self.optimizer, ("adamw", "adamw_8bit"))
 
 
 @dataclass

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from nft.policy import Policy
+from stitchvm_reward.errors import InputError
 
 
 def lora_tensors(policy: Policy, adapter: str):
@@ -32,3 +35,25 @@ def save_lora(policy: Policy, adapter: str, path: Path, title: str) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(lora_tensors(policy, adapter), path, metadata=header)
+
+
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """The matrices of a file that `save_lora` wrote: LAYER.lora_A and LAYER.lora_B in float32, B with the scale in it.
+
+    Raises InputError for a file that is missing, damaged or of another layout, whose scale could not be known.
+    """
+    if not path.is_file():
+        raise InputError(f"LoRA file not found: {path}")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is no safetensors file: {str(error).splitlines()[0]}") from None
+    found = {}
+    for name, tensor in tensors.items():
+        key = name.removeprefix("transformer.").removesuffix(".weight")
+        if name != f"transformer.{key}.weight" or not key.endswith((".lora_A", ".lora_B")):
+            raise InputError(f"{path} holds {name}: only transformer.LAYER.lora_A.weight and .lora_B.weight are read")
+        found[key] = tensor.float()
+    if not found:
+        raise InputError(f"{path} holds no LoRA matrices")
+    return found

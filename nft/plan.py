@@ -1,5 +1,6 @@
 """The plan of a run, computed on the meta device: no weights are loaded and no hub is asked."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Costs:
     pixel_score_flops: float
     score_unknown: list[str]
     saved_bytes: int
+    block_input_bytes: int
     blocks: int
 
 
@@ -141,25 +143,54 @@ def costs(recipe: Recipe) -> Costs:
         score_unknown=[reward.name for reward in recipe.rewards if scores.get(reward.name) is None],
         # Frozen weights are saved by reference for the backward pass; they are counted with the weights.
         saved_bytes=max(0, saved - weights),
+        block_input_bytes=(inputs["encoder_hidden_states"].shape[1] + (side // config.patch_size) ** 2)
+        * transformer.inner_dim
+        * dtype.itemsize,
         blocks=config.num_layers,
     )
 
 
 def memory(recipe: Recipe, found: Costs) -> dict[str, float]:
-    """Expected GiB of one process in each phase, from weights, adapters, optimizer state and saved activations."""
-    width = getattr(torch, recipe.model.dtype).itemsize
-    frozen = found.base_parameters * width + found.vae_parameters * 4
-    # Three adapters, one gradient and two Adam moments, all float32.
-    trained = found.adapter_parameters * 4 * (len(ADAPTERS) + 3)
-    batch = recipe.rollout.micro_batch
-    pixels = recipe.model.resolution**2
+    """Expected GiB of one process in each phase, from weights, adapters, optimizer state and saved activations.
+
+    Computed from shapes, not measured; rewards and value models are left out.
+    """
+    width, vae_width = (getattr(torch, name).itemsize for name in (recipe.model.dtype, recipe.model.vae_dtype))
+    frozen = found.base_parameters * width + found.vae_parameters * vae_width
+    # Three adapters and one gradient in float32, two Adam moments in float32 or in 8 bits.
+    moments = 2 * (1 if recipe.train.optimizer == "adamw_8bit" else 4)
+    kept = frozen + found.adapter_parameters * (4 * (len(ADAPTERS) + 1) + moments)
+    batch, block = recipe.rollout.micro_batch, found.saved_bytes / found.blocks
+    decoded = (1 if recipe.model.vae_slicing else batch) * recipe.model.resolution**2 * vae_width
+    saved = found.blocks * found.block_input_bytes + block if recipe.train.gradient_checkpointing else found.saved_bytes
     encoders = TEXT_PARAMETERS * width if "stabilityai/" in recipe.model.path else 0
-    return {
-        "encode prompts": encoders / GIB,
-        "rollout": (frozen + trained + batch * found.saved_bytes / found.blocks) / GIB,
-        "decode": (frozen + trained + batch * pixels * 128 * 4 * 4) / GIB,
-        "train": (frozen + trained + batch * found.saved_bytes) / GIB,
+    phases = {
+        "encode prompts": encoders,
+        "rollout": kept + batch * block,
+        # The decoder's widest layers hold 128 channels at full resolution, about four of them at once.
+        "decode": kept + decoded * 128 * 4,
+        "train": kept + batch * saved,
     }
+    return {phase: size / GIB for phase, size in phases.items()}
+
+
+def too_large(expected: dict[str, float], available: float) -> str | None:
+    """What to say of a run whose largest phase needs more GiB than there are, or None where it fits."""
+    phase = max(expected, key=lambda name: expected[name])
+    if expected[phase] <= available:
+        return None
+    return (
+        f"{phase} needs about {expected[phase]:.1f} GiB, this device has {available:.1f}: lower rollout.micro_batch, "
+        "or set train.gradient_checkpointing, model.vae_slicing, train.optimizer=adamw_8bit"
+    )
+
+
+def memory_warning(recipe: Recipe, found: Costs) -> list[str]:
+    """One line where the device at hand has less memory than the run is expected to need."""
+    if not torch.cuda.is_available():
+        return []
+    told = too_large(memory(recipe, found), torch.cuda.get_device_properties(0).total_memory / GIB)
+    return [f"warning      {told}"] if told else []
 
 
 def work(recipe: Recipe, geometry: Geometry, found: Costs) -> dict[str, float]:
@@ -182,12 +213,17 @@ def work(recipe: Recipe, geometry: Geometry, found: Costs) -> dict[str, float]:
     }
 
 
-def epoch_cost(recipe: Recipe, processes: int) -> dict[str, float]:
-    """`cost/teraflop` of an epoch over all processes; empty for a model whose shape is not known here."""
+def announce(recipe: Recipe, processes: int, tell: Callable[[str], None]) -> dict[str, float]:
+    """Tell what a run will do and whether it will fit, before anything is loaded; returns what an epoch costs.
+
+    `cost/teraflop` is over all processes; there is none for a model whose shape is not known here.
+    """
     try:
         found = costs(recipe)
     except InputError:
+        tell("\n".join(work_lines(recipe, processes)))
         return {}
+    tell("\n".join([*work_lines(recipe, processes), *memory_warning(recipe, found)]))
     return {"cost/teraflop": sum(work(recipe, geometry_of(recipe, processes), found).values())}
 
 
@@ -223,6 +259,7 @@ def cost_lines(recipe: Recipe, processes: int) -> list[str]:
         f"adapters     rank {recipe.lora.rank}, alpha {recipe.lora.alpha}: {found.adapted_layers} layers, "
         f"{found.adapter_parameters:,} parameters, three of them ({', '.join(ADAPTERS)})",
         *(f"memory       {phase}: about {size:.1f} GiB" for phase, size in memory(recipe, found).items()),
+        *memory_warning(recipe, found),
         f"FLOPs        one sample: forward {found.forward_flops / 1e12:.3g}, forward and backward "
         f"{found.training_flops / 1e12:.3g}, decode {found.decode_flops / 1e12:.3g} TFLOP",
         f"             one epoch: {', '.join(f'{phase} {cost:,.3g}' for phase, cost in phases.items())} TFLOP; "

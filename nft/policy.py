@@ -19,6 +19,7 @@ from stitchvm_reward.errors import InputError, nearest
 from stitchvm_reward.runs import randomness
 
 ADAPTERS = ("current", "old", "ema")
+INITS = ("gaussian", "kaiming")
 
 
 def old_decay(schedule: int, step: int) -> float:
@@ -41,7 +42,7 @@ class Policy:
     `old_is_current` tells whether the two hold the same numbers, so that one forward can serve for both.
     """
 
-    def __init__(self, network: Any, rank: int, alpha: int, targets: list[str], seed: int):
+    def __init__(self, network: Any, rank: int, alpha: int, targets: list[str], seed: int, init: str = "gaussian"):
         self.network, self.rank, self.alpha = network, rank, alpha
         layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
         for target in targets:
@@ -52,9 +53,8 @@ class Policy:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
             torch.manual_seed(randomness.at(seed, randomness.ADAPTERS).initial_seed())
             for name in ADAPTERS:
-                config = LoraConfig(
-                    r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets)
-                )
+                weights = "gaussian" if init == "gaussian" else True  # True is PEFT's name for kaiming
+                config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=weights, target_modules=list(targets))
                 network.add_adapter(config, adapter_name=name)
         self.layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
         for name in ADAPTERS:
@@ -77,6 +77,27 @@ class Policy:
     def scaling(self) -> dict[str, float]:
         """What each layer multiplies B A with."""
         return {name: layer.scaling["current"] for name, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def start_from(self, tensors: dict[str, Tensor]) -> None:
+        """Begin all adapters at a LoRA file's matrices, B with the scale folded in, as `nft.export.read_lora` gives
+        them. Raises InputError when they are of other layers or another rank than this policy's."""
+        own, scaling = self.tensors("current"), self.scaling()
+        odd = sorted(own.keys() ^ tensors.keys())
+        if odd:
+            side = "the policy" if odd[0] in own else "lora.start"
+            raise InputError(
+                f"lora.start and lora.targets differ in {len(odd)} of their matrices: only {side} has {odd[0]}; "
+                "set lora.targets to the layers that the file has"
+            )
+        for key, matrix in own.items():
+            layer, part = key.rsplit(".", 1)
+            if tensors[key].shape != matrix.shape:
+                given, needed = tuple(tensors[key].shape), tuple(matrix.shape)
+                raise InputError(f"lora.start has {key} of shape {given}, not {needed}: set lora.rank to the file's")
+            matrix.copy_(tensors[key] / scaling[layer] if part == "lora_B" else tensors[key])
+        self.copy("current", "old")
+        self.copy("current", "ema")
 
     def _activate(self, adapter: str | None) -> None:
         # Setting the layers' own state leaves requires_grad alone, which set_adapter does not.

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from nft.config import ModelRecipe, Recipe
-from nft.trainer import check_prompts
+from nft.export import read_lora
+from nft.prompts import check_prompts
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import is_hub_id, locate
 from stitchvm_reward.rewards import find_function
@@ -62,6 +63,8 @@ def check_recipe(recipe: Recipe) -> None:
         _check_model(reward.model, ("config.json",))
         if reward.head and not Path(reward.head).expanduser().exists() and reward.head.count("/") != 1:
             raise InputError(f"aesthetic head not found: {reward.head}; give a file, a folder or a hub id")
+    if recipe.lora.start:
+        read_lora(Path(recipe.lora.start).expanduser())
     for name in recipe.evaluation.metrics:
         find_function(name)
     check_prompts(recipe)

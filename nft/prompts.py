@@ -8,6 +8,7 @@ from datasets import load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.utils.logging import disable_progress_bar, set_verbosity
 
+from nft.config import Recipe
 from stitchvm_reward.errors import InputError, nearest
 from stitchvm_reward.runs import randomness
 
@@ -74,3 +75,15 @@ def epoch_prompts(available: int, groups: int, seed: int, epoch: int) -> list[in
         order = torch.randperm(available, generator=randomness.at(seed, randomness.PROMPTS, passed))
         chosen.append(int(order[place]))
     return chosen
+
+
+def check_prompts(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """The training and the held-out prompts. Raises InputError when there are too few to evaluate on."""
+    train = read_prompts(recipe.prompts.train, recipe.prompts.column, recipe.prompts.split)
+    held_out = read_prompts(recipe.prompts.held_out, recipe.prompts.column, recipe.prompts.held_out_split)
+    if len(held_out) < recipe.evaluation.samples:
+        raise InputError(
+            f"evaluation.samples is {recipe.evaluation.samples} but {recipe.prompts.held_out} holds "
+            f"{len(held_out)} prompts; lower the one or extend the other"
+        )
+    return train, held_out[: recipe.evaluation.samples]

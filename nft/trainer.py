@@ -12,15 +12,16 @@ from tqdm import tqdm
 from nft.advantage import advantages, collapsed_groups, optimality
 from nft.audit import Audit, audited
 from nft.config import Recipe
-from nft.export import save_lora
+from nft.export import read_lora, save_lora
 from nft.geometry import geometry_of
-from nft.plan import epoch_cost, work_lines
+from nft.models import load_generator, make_optimizer
+from nft.plan import announce
 from nft.policy import Policy
-from nft.prompts import epoch_prompts, read_prompts
+from nft.prompts import check_prompts, epoch_prompts
 from nft.rollout import Rollout, roll_on, roll_out, sample, stop_step
 from nft.scoring import Scorer
 from nft.update import chosen_levels, rollout_loss
-from stitchvm_reward.diffusion.generator import Generator, PromptEmbeddings
+from stitchvm_reward.diffusion.generator import PromptEmbeddings
 from stitchvm_reward.diffusion.solvers import sigma_schedule
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint, randomness
@@ -29,18 +30,6 @@ from stitchvm_reward.runs.run_folder import prepare_run_folder
 from stitchvm_reward.runs.tracking import Timings, Tracker, before_after, curves
 
 PHASES = ("rollout", "decode", "score", "audit", "train")  # what an epoch's time goes into
-
-
-def check_prompts(recipe: Recipe) -> tuple[list[str], list[str]]:
-    """The training and the held-out prompts. Raises InputError when there are too few to evaluate on."""
-    train = read_prompts(recipe.prompts.train, recipe.prompts.column, recipe.prompts.split)
-    held_out = read_prompts(recipe.prompts.held_out, recipe.prompts.column, recipe.prompts.held_out_split)
-    if len(held_out) < recipe.evaluation.samples:
-        raise InputError(
-            f"evaluation.samples is {recipe.evaluation.samples} but {recipe.prompts.held_out} holds "
-            f"{len(held_out)} prompts; lower the one or extend the other"
-        )
-    return train, held_out[: recipe.evaluation.samples]
 
 
 class Trainer:
@@ -52,22 +41,31 @@ class Trainer:
         rollout, train = recipe.rollout, recipe.train
         self.geometry = geometry_of(recipe, accelerator.num_processes)
         self.prompts, self.held_out = check_prompts(recipe)
+        self.cost = announce(recipe, accelerator.num_processes, tqdm.write) if self.main else {}
         self.scorer = Scorer(recipe, accelerator.device)
         dtype = getattr(torch, recipe.model.dtype)
         with self.timings.phase("encode"):
             self.embeddings = self._encode(dtype)
-        self.generator = Generator.load(recipe.model.path, dtype, accelerator.device, recipe.model.resolution)
+        self.generator = load_generator(recipe, accelerator.device)
         self.scorer.load_values(self.generator)
         self.audit = Audit(recipe.audit)
         self.sigmas = sigma_schedule(rollout.steps, self.generator.shift)
         self.policy = Policy(
-            self.generator.transformer, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.seed
+            self.generator.transformer,
+            recipe.lora.rank,
+            recipe.lora.alpha,
+            recipe.lora.targets,
+            recipe.seed,
+            recipe.lora.init,
         )
+        if recipe.lora.start:
+            self.policy.start_from(read_lora(Path(recipe.lora.start).expanduser()))
         self.parameters = list(self.policy.tensors("current").values())
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True
+        if recipe.model.compile:
+            self.generator.compile_blocks()
+        self.network, self.optimizer = accelerator.prepare(
+            self.generator.transformer, make_optimizer(train, self.parameters)
         )
-        self.network, self.optimizer = accelerator.prepare(self.generator.transformer, optimizer)
         # The scheduler counts optimizer steps, so it is not prepared: accelerate would step it once a process.
         self.scheduler = get_scheduler("constant_with_warmup", self.optimizer.optimizer, num_warmup_steps=train.warmup)
         # Nothing is written before everything has loaded: a failed start must not stand in a corrected one's way.
@@ -75,7 +73,6 @@ class Trainer:
         self.epoch, self.step = 0, 0
         self._resume()
         self.tracker = Tracker(self.folder, self.epoch) if self.main else None
-        self.cost = epoch_cost(recipe, accelerator.num_processes) if self.main else {}
 
     def _folder(self) -> Path:
         if self.main:
@@ -100,8 +97,6 @@ class Trainer:
     def train(self) -> None:
         """Run the remaining epochs; every figure of an epoch is one row of metrics.jsonl."""
         every, last = self.recipe.evaluation.every, self.recipe.epochs
-        if self.main:
-            tqdm.write("\n".join(work_lines(self.recipe, self.accelerator.num_processes)))
         if self.epoch == 0:
             self._log(self.evaluate(0))
         while self.epoch < last:

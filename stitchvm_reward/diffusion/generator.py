@@ -114,11 +114,11 @@ class PromptEmbeddings:
         return Conditions(tokens, torch.stack([item["pooled"] for item in found]).to(self.device))
 
 
-def load_vae(model: str, device: torch.device) -> AutoencoderKL:
-    """The frozen float32 autoencoder of a folder or a hub id. Raises InputError where there is none."""
+def load_vae(model: str, device: torch.device, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """The frozen autoencoder of a folder or a hub id. Raises InputError where there is none."""
     folder = locate(model, ("vae/*",))
     try:
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{model} has no autoencoder: {str(error).splitlines()[0]}") from None
     return vae.to(device).eval().requires_grad_(False)
@@ -127,14 +127,14 @@ def load_vae(model: str, device: torch.device) -> AutoencoderKL:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Clean latents (batch, channels, h, w), float32, of images in [0, 1]: the mode of the encoder's Gaussian."""
-    encoded = vae.encode(images.to(vae.device, torch.float32) * 2 - 1).latent_dist.mode()
+    encoded = vae.encode(images.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode().float()
     return (encoded - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 class Generator:
     """The frozen transformer and autoencoder of a Stable Diffusion 3 model.
 
-    `resolution` is the side of its images in pixels. The transformer runs in `dtype`; decoding runs in float32.
+    `resolution` is the side of its images in pixels. The transformer runs in `dtype`, the autoencoder in its own.
     """
 
     def __init__(self, transformer: SD3Transformer2DModel, vae: AutoencoderKL, shift: float, resolution: int):
@@ -146,7 +146,14 @@ class Generator:
         self.latent_shape = (transformer.config.in_channels, side, side)
 
     @classmethod
-    def load(cls, model: str, dtype: torch.dtype, device: torch.device, resolution: int) -> "Generator":
+    def load(
+        cls,
+        model: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        resolution: int,
+        vae_dtype: torch.dtype = torch.float32,
+    ) -> "Generator":
         """Load from a folder or a hub id in the Stable Diffusion 3 layout. Raises InputError where it does not fit."""
         folder = locate(model, ("transformer/*", "vae/*", "scheduler/*"))
         try:
@@ -157,7 +164,7 @@ class Generator:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{model} is no Stable Diffusion 3 pipeline folder: {reason}") from None
-        return cls(transformer.to(device), load_vae(model, device), scheduler.config.shift, resolution)
+        return cls(transformer.to(device), load_vae(model, device, vae_dtype), scheduler.config.shift, resolution)
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditions: Conditions, network: nn.Module | None = None):
         """Velocity (batch, channels, h, w) in the network's dtype at levels `sigma` in [0, 1], (batch,).
@@ -177,4 +184,12 @@ class Generator:
     def decode(self, latents: Tensor) -> Tensor:
         """Images (batch, 3, resolution, resolution), float32 in [0, 1], of clean latents."""
         scaled = latents.float() / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return (self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        decoded = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    def compile_blocks(self) -> None:
+        """Compile each transformer block at its first call, for every adapter, shape and kind of block it meets."""
+        # Reference, rollout, training and evaluation are variants of one block's code, as are the three kinds of blocks
+        # and a last, smaller batch: more than the compiler keeps unless told to.
+        torch._dynamo.config.recompile_limit = 64
+        self.transformer.compile_repeated_blocks()

@@ -1,9 +1,10 @@
-"""What one score costs at real shapes: python launch/benchmark.py recipes/stitch/sd35m_clip.yaml"""
+"""What a recipe costs at its real shapes, with random weights: python launch/benchmark.py RECIPE"""
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 # This file is called as a script of the repository: its root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -15,49 +16,82 @@ from stitchvm_reward.errors import InputError  # noqa: E402
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/benchmark.py",
-        description="Time one score by a stitched value model and one by Tweedie's estimate (denoise, decode, judge) "
-        "in one run, with random weights of the recipe's shapes: nothing is downloaded. Where the recipe leaves the "
-        "blocks to the search, backbone block 4 and reward block 1 are taken.",
+        description="Time what a recipe does, in one run, with random weights of its shapes: nothing is downloaded. "
+        "A training recipe: a prompt's encoding, a rollout step, decoding, a score of an image and a stitched one of "
+        "its latent, a training level, the optimizer. A recipe of recipes/stitch: one stitched score beside one by "
+        "Tweedie's estimate (denoise, decode, judge); where it leaves the blocks to the search, backbone block 4 and "
+        "reward block 1 are taken.",
     )
-    parser.add_argument("recipe", type=Path, help="a recipe of recipes/stitch")
+    parser.add_argument(
+        "recipe", type=Path, help="a training recipe, or a stitching one: those lie in a folder called stitch"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to override")
-    parser.add_argument("--batch", type=int, default=4, help="latents scored at once")
+    parser.add_argument("--batch", type=int, default=4, help="latents scored at once (a stitching recipe)")
     parser.add_argument("--repeats", type=int, default=5, help="calls; their median counts")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
+
+
+def score_benchmark(recipe: Any, batch: int, repeats: int) -> tuple[dict[str, Any], list[str]]:
+    """One stitched score beside one by Tweedie's estimate."""
+    import torch
+
+    from stitchvm_reward.stitching.benchmark import score_costs
+
+    rows = score_costs(recipe, batch, repeats, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    stitched, tweedie = rows
+    told = [f"{'one score':12}{'ms':>12}{'GFLOP':>12}{'peak MiB':>12}"]
+    for row in rows:
+        memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        told.append(f"{row['method']:12}{row['milliseconds']:12.2f}{row['gigaflop']:12.2f}{memory:>12}")
+    ratios = (tweedie[key] / stitched[key] for key in ("milliseconds", "gigaflop"))
+    told.append("stitched is {:.2f}x cheaper in time, {:.2f}x in FLOPs".format(*ratios))
+    about = {
+        "backbone": recipe.backbone.path,
+        "resolution": recipe.backbone.resolution,
+        "dtype": recipe.backbone.dtype,
+        "reward": recipe.reward.model,
+        "batch": batch,
+    }
+    return about | {"scores": rows}, told
+
+
+def training_benchmark(recipe: Any, repeats: int) -> tuple[dict[str, Any], list[str]]:
+    """Every phase of a training recipe."""
+    import torch
+
+    from nft.benchmark import lines, measure
+
+    found = measure(recipe, repeats, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    about = {"backbone": recipe.model.path, "resolution": recipe.model.resolution, "dtype": recipe.model.dtype}
+    return about | found, lines(found)
 
 
 def run(arguments: argparse.Namespace) -> None:
     for name in ("batch", "repeats"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    from nft.config import load_recipe
     from stitchvm_reward.stitching.config import load_stitch_recipe
 
-    recipe = load_stitch_recipe(arguments.recipe, arguments.overrides)
+    stitching = arguments.recipe.resolve().parent.name == "stitch"
+    load: Any = load_stitch_recipe if stitching else load_recipe
+    recipe = load(arguments.recipe, arguments.overrides)
     import torch
 
-    from stitchvm_reward.stitching.benchmark import machine, score_costs
+    from stitchvm_reward.stitching.benchmark import machine
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = score_costs(recipe, arguments.batch, arguments.repeats, device)
-    stitched, tweedie = rows
-    about = machine(device) | {
-        "backbone": recipe.backbone.path,
-        "resolution": recipe.backbone.resolution,
-        "dtype": recipe.backbone.dtype,
-        "reward": recipe.reward.model,
-        "batch": arguments.batch,
-    }
-    print("  ".join(f"{name} {value}" for name, value in about.items()))
-    print(f"{'one score':12}{'ms':>12}{'GFLOP':>12}{'peak MiB':>12}")
-    for row in rows:
-        memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        print(f"{row['method']:12}{row['milliseconds']:12.2f}{row['gigaflop']:12.2f}{memory:>12}")
-    ratios = (tweedie[key] / stitched[key] for key in ("milliseconds", "gigaflop"))
-    print("stitched is {:.2f}x cheaper in time, {:.2f}x in FLOPs".format(*ratios))
+    if stitching:
+        found, told = score_benchmark(recipe, arguments.batch, arguments.repeats)
+    else:
+        found, told = training_benchmark(recipe, arguments.repeats)
+    about = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = about | {"recipe": str(arguments.recipe), "overrides": arguments.overrides} | found
+    print("  ".join(f"{name} {value}" for name, value in found.items() if not isinstance(value, list | float)))
+    print("\n".join(told))
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(about | {"scores": rows}, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> int:

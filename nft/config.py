@@ -184,7 +184,7 @@ class TrainRecipe:
     ema_decay: float = 0.9
     """Ceiling of the evaluation average's decay."""
     optimizer: str = "adamw"
-    """adamw, or adamw_8bit: its moments in 8 bits, by bitsandbytes (a GPU; installed as the extra `8bit`)."""
+    """adamw, or adamw_8bit: its moments in 8 bits, by bitsandbytes (installed as the extra `8bit`)."""
     gradient_checkpointing: bool = False
     """Keep only each block's input for the backward pass and run the block again there: a third more work in training,
     a small part of its memory."""

@@ -214,7 +214,7 @@ def work(recipe: Recipe, geometry: Geometry, found: Costs) -> dict[str, float]:
 
 
 def announce(recipe: Recipe, processes: int, tell: Callable[[str], None]) -> dict[str, float]:
-    """Tell what a run will do and whether it will fit, before anything is loaded; returns what an epoch costs.
+    """Tell what a run will do and whether it will fit, before it begins; returns what an epoch costs.
 
     `cost/teraflop` is over all processes; there is none for a model whose shape is not known here.
     """

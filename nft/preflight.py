@@ -1,5 +1,6 @@
 """What can be known to fail before any weight is loaded, is found here."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from nft.config import ModelRecipe, Recipe
@@ -26,8 +27,7 @@ def check_value_model(folder: str, model: ModelRecipe) -> None:
     """Raise InputError for a value model that is missing, telling how to build it, or made for another model."""
     path = Path(folder).expanduser()
     if not path.is_dir():
-        builders = [file for file in sorted(Path("recipes/stitch").glob("*.yaml")) if _builds(file, path)]
-        command = f"accelerate launch launch/stitch.py {builders[0] if builders else 'RECIPE'}"
+        command = f"accelerate launch launch/stitch.py {builder_of(path) or 'RECIPE'}"
         raise InputError(f"value model not found: {folder}; build it with: {command}")
     config = read_config(path)
     if config["resolution"] != model.resolution:
@@ -43,8 +43,12 @@ def check_value_model(folder: str, model: ModelRecipe) -> None:
         )
 
 
-def _builds(recipe: Path, folder: Path) -> bool:
-    return any(line.strip() == f"out: {folder.parent}" for line in recipe.read_text().splitlines())
+def builder_of(folder: Path) -> Path | None:
+    """The recipe of recipes/stitch that writes this value model, if any does."""
+    for recipe in sorted(Path("recipes/stitch").glob("*.yaml")):
+        if f"out: {folder.parent}" in recipe.read_text().splitlines():
+            return recipe
+    return None
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -63,6 +67,8 @@ def check_recipe(recipe: Recipe) -> None:
         _check_model(reward.model, ("config.json",))
         if reward.head and not Path(reward.head).expanduser().exists() and reward.head.count("/") != 1:
             raise InputError(f"aesthetic head not found: {reward.head}; give a file, a folder or a hub id")
+    if recipe.train.optimizer == "adamw_8bit" and find_spec("bitsandbytes") is None:
+        raise InputError("train.optimizer adamw_8bit needs bitsandbytes: pip install 'stitch-nft[8bit]', or take adamw")
     if recipe.lora.start:
         read_lora(Path(recipe.lora.start).expanduser())
     for name in recipe.evaluation.metrics:

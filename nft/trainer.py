@@ -41,7 +41,6 @@ class Trainer:
         rollout, train = recipe.rollout, recipe.train
         self.geometry = geometry_of(recipe, accelerator.num_processes)
         self.prompts, self.held_out = check_prompts(recipe)
-        self.cost = announce(recipe, accelerator.num_processes, tqdm.write) if self.main else {}
         self.scorer = Scorer(recipe, accelerator.device)
         dtype = getattr(torch, recipe.model.dtype)
         with self.timings.phase("encode"):
@@ -68,6 +67,7 @@ class Trainer:
         )
         # The scheduler counts optimizer steps, so it is not prepared: accelerate would step it once a process.
         self.scheduler = get_scheduler("constant_with_warmup", self.optimizer.optimizer, num_warmup_steps=train.warmup)
+        self.cost = announce(recipe, accelerator.num_processes, tqdm.write) if self.main else {}
         # Nothing is written before everything has loaded: a failed start must not stand in a corrected one's way.
         self.folder = self._folder()
         self.epoch, self.step = 0, 0

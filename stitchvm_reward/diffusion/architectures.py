@@ -63,7 +63,33 @@ VISION: dict[str, dict[str, Any]] = {
     },
 }
 CLIP_TOKENS = 77
-TEXT_PARAMETERS = 123_650_304 + 694_659_840 + 4_762_310_656  # CLIP-L, CLIP-bigG, T5-XXL
+_CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+_CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+_T5_XXL = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+TEXT_ENCODERS: tuple[dict[str, Any], ...] = (_CLIP_L, _CLIP_G, _T5_XXL)
+TEXT_PARAMETERS = 123_650_304 + 694_659_840 + 4_762_310_656
 
 
 def configurations(model: str) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -81,6 +107,18 @@ def configurations(model: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     if model not in TRANSFORMERS:
         raise InputError(f"the shape of {model} is not known here; known: {', '.join(TRANSFORMERS)}, or a local folder")
     return TRANSFORMERS[model], VAE, CLIP_TOKENS
+
+
+def text_configurations(model: str) -> tuple[dict[str, Any], ...]:
+    """Configurations of the two CLIP text encoders and of the T5 encoder, of a folder or a known hub id."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        configurations(model)  # raises where the shape is not known
+        return TEXT_ENCODERS
+    return tuple(
+        json.loads((folder / part / "config.json").read_text())
+        for part in ("text_encoder", "text_encoder_2", "text_encoder_3")
+    )
 
 
 def vision_configuration(model: str) -> dict[str, Any]:

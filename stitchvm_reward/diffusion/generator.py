@@ -138,7 +138,7 @@ class Generator:
     """
 
     def __init__(self, transformer: SD3Transformer2DModel, vae: AutoencoderKL, shift: float, resolution: int):
-        self.transformer: nn.Module = transformer.eval().requires_grad_(False)
+        self.transformer: SD3Transformer2DModel = transformer.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
         self.shift, self.resolution = shift, resolution
         self.device, self.dtype = transformer.device, transformer.dtype

@@ -114,15 +114,24 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's per-parameter state, flat: INDEX.NAME."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": tensor for index, values in state.items() for name, tensor in values.items()}
+    """An optimizer's per-parameter state, flat: INDEX.NAME, or INDEX.GROUP.NAME where it nests (bitsandbytes does)."""
+    flat = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            for inner, entry in value.items() if isinstance(value, dict) else [(None, value)]:
+                key = f"{index}.{name}" if inner is None else f"{index}.{name}.{inner}"
+                flat[key] = entry if isinstance(entry, Tensor) else torch.tensor(entry)
+    return flat
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, tensor in flat.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+        index, *groups, name = key.split(".")
+        place = state.setdefault(int(index), {})
+        for group in groups:
+            place = place.setdefault(group, {})
+        # A step that was counted in Python is a whole number of no dimension; torch's own is a float tensor.
+        place[name] = int(tensor) if tensor.ndim == 0 and tensor.dtype == torch.int64 else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,14 +1,19 @@
 """What one score costs: a stitched value beside Tweedie's, at the real shapes and with random weights."""
 
 import platform
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import diffusers
+import peft
 import torch
+import transformers
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPConfig, CLIPModel
 
 from stitchvm_reward.diffusion.architectures import configurations, vision_configuration
@@ -24,10 +29,25 @@ from stitchvm_reward.stitching.value_model import ValueNetwork
 SIGMA = 0.5
 
 
+def _attention(query: Any, key: Any, value: Any, *_, out_shape: Any = None, **__) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_, out_shape: Any = None, **__) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def flop_counter() -> FlopCounterMode:
+    """The library's counter, with the CPU's attention, which it does not know of by itself."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return FlopCounterMode(display=False, custom_mapping={attention: _attention, backward: _attention_backward})
+
+
 def timed(call: Callable[[], Any], samples: int, device: torch.device, repeats: int) -> dict[str, float | None]:
     """Median milliseconds, GFLOP and, on a GPU, peak MiB of a call, the first two per sample, after one to warm up."""
     cuda = device.type == "cuda"
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     with counter:
         call()
     if cuda:
@@ -58,6 +78,29 @@ def randomised(network: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     return network
 
 
+def random_generator(model: str, dtype: str, vae_dtype: str, resolution: int, device: torch.device) -> Generator:
+    """A generator of a folder's or a known hub id's shapes with random weights; shift 3. Raises InputError"""
+    transformer_config, vae_config, _ = configurations(model)
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(transformer_config)
+        vae = AutoencoderKL.from_config(vae_config)
+    transformer = randomised(transformer, getattr(torch, dtype), device)
+    return Generator(transformer, randomised(vae, getattr(torch, vae_dtype), device), 3.0, resolution)
+
+
+def random_clip(model: str, device: torch.device) -> CLIPModel:
+    """A float32 CLIP model of a folder's or a known hub id's shapes with random weights. Raises InputError."""
+    with torch.device("meta"):
+        clip = CLIPModel(CLIPConfig(**vision_configuration(model)))
+    return randomised(clip, torch.float32, device)
+
+
+def pixel_embedding(clip: CLIPModel, kind: str, images: Tensor) -> Tensor:
+    """What a reward of this kind makes of (batch, 3, h, w) images in [0, 1], up to its embedding."""
+    pixels = normalise(resize_and_crop(images, clip.config.vision_config.image_size))
+    return clip.get_image_features(pixel_values=pixels).pooler_output
+
+
 def score_costs(recipe: StitchRecipe, batch: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
     """One row for a stitched value and one for Tweedie's, of `batch` latents at once, in this one run.
 
@@ -65,19 +108,14 @@ def score_costs(recipe: StitchRecipe, batch: int, repeats: int, device: torch.de
     InputError for a model whose shape is not known here.
     """
     block, reward_block = recipe.backbone.block or 4, recipe.reward.block or 1
-    transformer_config, vae_config, clip_tokens = configurations(recipe.backbone.path)
-    clip_config = CLIPConfig(**vision_configuration(recipe.reward.model))
-    dtype, depth = getattr(torch, recipe.backbone.dtype), int(transformer_config["num_layers"])
+    transformer_config, _, clip_tokens = configurations(recipe.backbone.path)
+    depth = int(transformer_config["num_layers"])
     if block > depth:
         raise InputError(f"backbone.block must be at most {depth}, the backbone's blocks, got {block}")
-    with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(transformer_config)
-        vae = AutoencoderKL.from_config(vae_config)
-        clip = CLIPModel(clip_config)
-    transformer = randomised(transformer, dtype, device)
-    clip = randomised(clip, torch.float32, device)
-    generator = Generator(transformer, randomised(vae, torch.float32, device), 3.0, recipe.backbone.resolution)
-    head = BackboneHead(transformer)
+    clip = random_clip(recipe.reward.model, device)
+    backbone = recipe.backbone
+    generator = random_generator(backbone.path, backbone.dtype, "float32", backbone.resolution, device)
+    transformer, dtype, head = generator.transformer, generator.dtype, BackboneHead(generator.transformer)
     network = ValueNetwork(head.width(block), RewardTail(clip, reward_block)).to(device).eval()
     tokens = torch.randn(batch, clip_tokens + recipe.backbone.t5_length, transformer.config.joint_attention_dim)
     pooled = torch.randn(batch, transformer.config.pooled_projection_dim)
@@ -91,8 +129,7 @@ def score_costs(recipe: StitchRecipe, batch: int, repeats: int, device: torch.de
     def tweedie() -> Tensor:
         velocity = generator.velocity(latents, sigma, conditions).float()
         images = generator.decode(denoised(latents, velocity, sigma[:, None, None, None]))
-        pixels = normalise(resize_and_crop(images, clip_config.vision_config.image_size))
-        return clip.get_image_features(pixel_values=pixels).pooler_output
+        return pixel_embedding(clip, recipe.reward.kind, images)
 
     with torch.no_grad():
         return [
@@ -104,4 +141,15 @@ def score_costs(recipe: StitchRecipe, batch: int, repeats: int, device: torch.de
 def machine(device: torch.device) -> dict[str, Any]:
     """What figures are worth nothing without."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, peft)}
+    return {"device": name, "threads": torch.get_num_threads(), "commit": _commit()} | versions
+
+
+def _commit() -> str:
+    """The repository's commit, marked where files differ from it; empty outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,142 @@
+"""What a recipe does to fit a device changes memory and time, not what is learnt."""
+
+import shutil
+
+import pytest
+import torch
+
+from nft.config import load_recipe
+from nft.export import read_lora
+from nft.plan import costs, memory, too_large
+from nft.preflight import check_recipe
+from stitchvm_reward.errors import InputError
+
+EPOCHS = "epochs=1"
+
+
+@pytest.fixture(scope="module")
+def straight(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("straight") / "run", EPOCHS)
+
+
+def trained(trainer) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in trainer.policy.tensors("current").values()])
+
+
+def test_checkpointing_and_slicing_train_the_same_policy(train, straight, tmp_path):
+    trainer = train(tmp_path / "run", EPOCHS, "train.gradient_checkpointing=true", "model.vae_slicing=true")
+    assert trainer.generator.transformer.gradient_checkpointing and trainer.generator.vae.use_slicing
+    torch.testing.assert_close(trained(trainer), trained(straight), atol=1e-6, rtol=1e-5)
+
+
+def test_checkpointing_keeps_less_for_the_backward_pass(make_trainer, tmp_path):
+    def kept(*more: str) -> int:
+        trainer, sizes = make_trainer(tmp_path / "-".join(["run", *more]), *more), []
+        rollout = trainer.collect(0)[0]
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t)
+        with hooks:
+            trainer.generator.velocity(rollout.anchor, torch.full((4,), 0.5), rollout.conditions)
+        return sum(sizes)
+
+    assert kept("train.gradient_checkpointing=true") < 0.2 * kept()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_compiled_blocks_train_the_same_policy_and_know_the_adapters_apart(train, straight, tmp_path):
+    # A smaller last micro batch, the reference and an old policy of its own: every variant is met.
+    more = ("epochs=2", "rollout.micro_batch=3")
+    plain = train(tmp_path / "plain", *more)
+    compiled = train(tmp_path / "compiled", *more, "model.compile=true")
+    torch.testing.assert_close(trained(compiled), trained(plain), atol=1e-4, rtol=1e-3)
+    with torch.no_grad():
+        found = []
+        for adapter in (None, "current"):
+            with compiled.policy.using(adapter):
+                conditions = compiled.embeddings.conditions(compiled.held_out[:1])
+                latents = torch.zeros(1, *compiled.generator.latent_shape)
+                found.append(compiled.generator.velocity(latents, torch.tensor([0.7]), conditions))
+    assert not torch.equal(*found)
+
+
+def test_moments_in_8_bits_learn_nearly_the_same_and_resume_bit_for_bit(train, digests, straight, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="the extra 8bit is not installed")
+    small = "train.optimizer=adamw_8bit"
+    trainer = train(tmp_path / "whole", "epochs=3", small)
+    states = trainer.optimizer.optimizer.state_dict()["state"].values()
+    assert any(t.dtype == torch.uint8 for state in states for t in state["__bnb_optimizer_quant_state__"].values())
+    train(tmp_path / "parts", "epochs=2", small)
+    train(tmp_path / "parts", "epochs=3", small)
+    assert digests(tmp_path / "parts", 3) == digests(tmp_path / "whole", 3)
+    once = train(tmp_path / "once", EPOCHS, small)
+    # Adam's first step is the rate's sign wherever the gradient is not tiny: the formats agree there.
+    assert (trained(once) - trained(straight)).abs().mean() < 0.2 * trained(straight).abs().mean()
+
+
+def test_a_missing_8_bit_library_is_told_before_anything_is_loaded(overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr("nft.preflight.find_spec", lambda name: None)
+    recipe = load_recipe("recipes/shapes/aesthetic.yaml", overrides(tmp_path / "run", "train.optimizer=adamw_8bit"))
+    with pytest.raises(InputError, match="needs bitsandbytes: pip install"):
+        check_recipe(recipe)
+
+
+def test_the_autoencoder_decodes_in_bfloat16_nearly_as_in_float32(make_trainer, straight, tmp_path):
+    trainer = make_trainer(tmp_path / "run", "model.vae_dtype=bfloat16")
+    assert trainer.generator.vae.dtype == torch.bfloat16
+    latents = torch.randn(2, *straight.generator.latent_shape, generator=torch.Generator().manual_seed(0))
+    images, exact = trainer.generator.decode(latents), straight.generator.decode(latents)
+    assert images.dtype == torch.float32
+    assert 0 < (images - exact).abs().mean() < 0.02
+
+
+def test_training_goes_on_from_a_lora_file(make_trainer, straight, tmp_path):
+    file = straight.folder / "lora.safetensors"
+    trainer = make_trainer(tmp_path / "run", f"lora.start={file}")
+    for adapter in ("current", "old", "ema"):
+        found = trainer.policy.tensors(adapter)
+        for key, matrix in straight.policy.tensors("ema").items():
+            torch.testing.assert_close(found[key], matrix)
+    assert trainer.policy.old_is_current
+    indices = [0, 1]
+    torch.testing.assert_close(trainer.images("ema", indices), straight.images("ema", indices), atol=1e-5, rtol=0)
+    assert (trainer.images("ema", indices) - trainer.images(None, indices)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("lora.rank=8",), "set lora.rank to the file's"),
+        (("lora.targets=[attn.to_q]",), "set lora.targets to the layers that the file has"),
+    ],
+)
+def test_a_lora_file_of_another_shape_is_refused(make_trainer, straight, tmp_path, more, told):
+    with pytest.raises(InputError, match=told):
+        make_trainer(tmp_path / "run", f"lora.start={straight.folder / 'lora.safetensors'}", *more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lora_file_of_another_layout_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(InputError, match="LoRA file not found"):
+        read_lora(tmp_path / "none.safetensors")
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(1)}, tmp_path / "peft.safetensors")
+    with pytest.raises(InputError, match=r"only transformer\.LAYER"):
+        read_lora(tmp_path / "peft.safetensors")
+    (tmp_path / "torn.safetensors").write_bytes(b"\x00" * 9)
+    with pytest.raises(InputError, match="no safetensors file"):
+        read_lora(tmp_path / "torn.safetensors")
+
+
+def test_the_plan_counts_what_the_options_save():
+    def phases(*more: str) -> dict[str, float]:
+        recipe = load_recipe("recipes/aesthetic_published.yaml", list(more))
+        return memory(recipe, costs(recipe))
+
+    plain, small = phases(), phases("train.gradient_checkpointing=true", "model.vae_slicing=true")
+    assert small["train"] < 0.2 * plain["train"] and small["decode"] < plain["decode"]
+    adapters = 18_776_064
+    less = phases("train.optimizer=adamw_8bit")["train"]
+    assert (plain["train"] - less) * 2**30 == pytest.approx(adapters * 6)
+    assert phases("model.vae_dtype=bfloat16")["rollout"] < plain["rollout"]
+    assert too_large(small, 24) is None
+    assert "train needs about" in (too_large(plain, 24) or "")

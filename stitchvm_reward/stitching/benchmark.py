@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
-from stitchvm_reward.diffusion.architectures import configurations, vision_configuration
+from stitchvm_reward.diffusion.architectures import clip_configuration, configurations
 from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.diffusion.path import denoised
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.rewards.preprocess import normalise, resize_and_crop
+from stitchvm_reward.rewards.clip import FITS
+from stitchvm_reward.rewards.preprocess import normalise
 from stitchvm_reward.rewards.tail import RewardTail
 from stitchvm_reward.stitching.config import StitchRecipe
 from stitchvm_reward.stitching.value_model import ValueNetwork
@@ -66,7 +67,7 @@ def score_costs(recipe: StitchRecipe, batch: int, repeats: int, device: torch.de
     """
     block, reward_block = recipe.backbone.block or 4, recipe.reward.block or 1
     transformer_config, vae_config, clip_tokens = configurations(recipe.backbone.path)
-    clip_config = CLIPConfig(**vision_configuration(recipe.reward.model))
+    clip_config = CLIPConfig(**clip_configuration(recipe.reward.model))
     dtype, depth = getattr(torch, recipe.backbone.dtype), int(transformer_config["num_layers"])
     if block > depth:
         raise InputError(f"backbone.block must be at most {depth}, the backbone's blocks, got {block}")
@@ -91,7 +92,7 @@ def score_costs(recipe: StitchRecipe, batch: int, repeats: int, device: torch.de
     def tweedie() -> Tensor:
         velocity = generator.velocity(latents, sigma, conditions).float()
         images = generator.decode(denoised(latents, velocity, sigma[:, None, None, None]))
-        pixels = normalise(resize_and_crop(images, clip_config.vision_config.image_size))
+        pixels = normalise(FITS[recipe.reward.kind](images, clip_config.vision_config.image_size))
         return clip.get_image_features(pixel_values=pixels).pooler_output
 
     with torch.no_grad():

@@ -65,11 +65,12 @@ class PromptsRecipe:
 @dataclass
 class RewardRecipe:
     kind: str = "aesthetic"
-    """aesthetic, clip, function, or value: a stitched value model, for rollouts that stop early."""
+    """aesthetic; clip, dfn_clip, hpsv2, pickscore (image against text); function; or value: a stitched value model,
+    for rollouts that stop early."""
     weight: float = 1.0
     """Factor in the weighted sum."""
     model: str = ""
-    """Folder or hub id of the CLIP model (aesthetic, clip)."""
+    """Folder or hub id of the CLIP model (aesthetic and all that compare with text)."""
     head: str = ""
     """File, folder or hub id of the aesthetic head (aesthetic)."""
     function: str = ""

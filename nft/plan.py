@@ -12,11 +12,11 @@ from transformers import CLIPConfig, CLIPModel
 from nft.config import Recipe
 from nft.geometry import Geometry, geometry_of
 from nft.policy import ADAPTERS, Policy
-from stitchvm_reward.diffusion.architectures import TEXT_PARAMETERS, configurations
+from stitchvm_reward.diffusion.architectures import CLIPS, TEXT_PARAMETERS, clip_configuration, configurations
 from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Conditions
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.hub import is_hub_id, locate
+from stitchvm_reward.hub import is_hub_id
 from stitchvm_reward.stitching.value_model import empty_network, read_config
 
 GIB = 2**30
@@ -65,10 +65,10 @@ def _saved_bytes(call) -> int:
 
 
 def _vision_flops(model: str) -> float | None:
-    """FLOPs of one image through the vision tower of a local CLIP folder; None where it is not here to be read."""
-    if is_hub_id(model):
+    """FLOPs of one image through the vision tower of a CLIP model; None for a hub id whose shape is not known here."""
+    if is_hub_id(model) and model not in CLIPS:
         return None
-    clip = CLIPModel(CLIPConfig.from_pretrained(locate(model, ("*.json",))))
+    clip = CLIPModel(CLIPConfig(**clip_configuration(model)))
     side = clip.config.vision_config.image_size
     return _flops(lambda: clip.get_image_features(pixel_values=torch.zeros(1, 3, side, side)))
 

@@ -9,6 +9,7 @@ from nft.prompts import check_prompts
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import is_hub_id, locate
 from stitchvm_reward.rewards import find_function
+from stitchvm_reward.rewards.clip import require_folder
 from stitchvm_reward.runs.run_folder import check_run_folder
 from stitchvm_reward.stitching.value_model import read_config
 
@@ -64,6 +65,7 @@ def check_recipe(recipe: Recipe) -> None:
         if reward.kind == "value":
             check_value_model(reward.value_model, recipe.model)
             continue
+        require_folder(reward.model)
         _check_model(reward.model, ("config.json",))
         if reward.head and not Path(reward.head).expanduser().exists() and reward.head.count("/") != 1:
             raise InputError(f"aesthetic head not found: {reward.head}; give a file, a folder or a hub id")

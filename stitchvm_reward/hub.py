@@ -14,7 +14,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def locate(model: str, patterns: tuple[str, ...]) -> Path:
-    """The local folder of a model given as a folder or a hub id; of the latter, only files like `patterns` are fetched.
+    """The local folder of a model given as a folder or a hub id; of the latter, only *.json and `patterns` are fetched.
 
     Raises InputError when the folder is missing, or the hub cannot be reached, is gated or lacks the model.
     """
@@ -24,9 +24,9 @@ def locate(model: str, patterns: tuple[str, ...]) -> Path:
     if not is_hub_id(model):
         raise InputError(f"model folder not found: {model}; give a folder or a hub id like owner/name")
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=["*.json", *patterns], ignore_patterns=["*.bin", "*.fp16*"])
-        )
+        # Pipelines hold their weights twice: as safetensors, and pickled for those who ask for that by name.
+        ignored = ["*.fp16*"] if any(pattern.endswith(".bin") for pattern in patterns) else ["*.bin", "*.fp16*"]
+        return Path(snapshot_download(model, allow_patterns=["*.json", *patterns], ignore_patterns=ignored))
     except GatedRepoError:
         raise InputError(
             f"{model} is gated: accept its licence at huggingface.co/{model}, then run `hf auth login`"

@@ -48,19 +48,39 @@ VAE: dict[str, Any] = {
     "scaling_factor": 1.5305,
     "shift_factor": 0.0609,
 }
-_VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-_VIT_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-VISION: dict[str, dict[str, Any]] = {
-    "openai/clip-vit-large-patch14": {"vision_config": _VIT_L | {"image_size": 224, "patch_size": 14}},
-    "openai/clip-vit-large-patch14-336": {"vision_config": _VIT_L | {"image_size": 336, "patch_size": 14}},
-    "apple/DFN5B-CLIP-ViT-H-14-378": {
-        "vision_config": _VIT_H | {"image_size": 378, "patch_size": 14},
-        "projection_dim": 1024,
-    },
-    "adams-story/HPSv2-hf": {
-        "vision_config": _VIT_H | {"image_size": 224, "patch_size": 14},
-        "projection_dim": 1024,
-    },
+_VIT_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+_VIT_H = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+_TEXT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_TEXT_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+
+def _clip(vision: dict[str, Any], text: dict[str, Any], projection: int, side: int, activation: str) -> dict[str, Any]:
+    """A CLIP model's configuration; vocabulary (49,408) and text length (77) are the library's defaults."""
+    return {
+        "vision_config": vision | {"image_size": side, "hidden_act": activation},
+        "text_config": text | {"hidden_act": activation},
+        "projection_dim": projection,
+    }
+
+
+CLIPS: dict[str, dict[str, Any]] = {
+    "openai/clip-vit-large-patch14": _clip(_VIT_L, _TEXT_L, 768, 224, "quick_gelu"),
+    "openai/clip-vit-large-patch14-336": _clip(_VIT_L, _TEXT_L, 768, 336, "quick_gelu"),
+    "apple/DFN5B-CLIP-ViT-H-14-378": _clip(_VIT_H, _TEXT_H, 1024, 378, "quick_gelu"),
+    "adams-story/HPSv2-hf": _clip(_VIT_H, _TEXT_H, 1024, 224, "gelu"),
+    "yuvalkirstain/PickScore_v1": _clip(_VIT_H, _TEXT_H, 1024, 224, "gelu"),
 }
 CLIP_TOKENS = 77
 _CLIP_L = {
@@ -121,12 +141,19 @@ def text_configurations(model: str) -> tuple[dict[str, Any], ...]:
     )
 
 
-def vision_configuration(model: str) -> dict[str, Any]:
-    """What a CLIP model's configuration says of its image tower, of a folder or a known hub id."""
-    config = Path(model).expanduser() / "config.json"
-    if config.is_file():
-        content = json.loads(config.read_text())
-        return {"vision_config": content["vision_config"], "projection_dim": content["projection_dim"]}
-    if model not in VISION:
-        raise InputError(f"the shape of {model} is not known here; known: {', '.join(VISION)}, or a local folder")
-    return {"projection_dim": 768} | VISION[model]
+def clip_configuration(model: str) -> dict[str, Any]:
+    """Both towers and the projection's width of a CLIP model, as CLIPConfig takes them: of a folder or a known hub id.
+
+    Raises InputError for a folder that holds no CLIP model, or a hub id whose shape is not known here.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        try:
+            content = json.loads((folder / "config.json").read_text())
+            return {name: content[name] for name in ("vision_config", "text_config", "projection_dim")}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(f"{model} is no CLIP model folder: config.json cannot be used ({reason})") from None
+    if model not in CLIPS:
+        raise InputError(f"the shape of {model} is not known here; known: {', '.join(CLIPS)}, or a local folder")
+    return CLIPS[model]

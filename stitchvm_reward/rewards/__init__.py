@@ -9,9 +9,9 @@ from torch import Tensor
 
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards.aesthetic import AestheticReward
-from stitchvm_reward.rewards.clip import ClipReward
+from stitchvm_reward.rewards.clip import TEXT_KINDS, ClipReward
 
-KINDS = ("aesthetic", "clip", "function")
+KINDS = ("aesthetic", *TEXT_KINDS, "function")
 
 
 class Reward(Protocol):
@@ -53,11 +53,14 @@ class FunctionReward:
 
 
 def load_reward(kind: str, model: str, head: str, function: str, device: torch.device) -> Reward:
-    """Load one reward: `aesthetic` (CLIP model and head), `clip` (CLIP model), `function` (a user's own)."""
+    """Load one reward: `aesthetic` (CLIP model and head), one of TEXT_KINDS (CLIP model), `function` (a user's own).
+
+    Raises InputError for another kind, or for a model, head or function that cannot be had.
+    """
     if kind == "aesthetic":
         return AestheticReward(model, head, device)
-    if kind == "clip":
-        return ClipReward(model, device)
+    if kind in TEXT_KINDS:
+        return ClipReward(model, kind, device)
     if kind == "function":
         return FunctionReward(function)
     raise InputError(f"a reward's kind must be one of {', '.join(KINDS)}, got {kind!r}")

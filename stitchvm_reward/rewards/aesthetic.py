@@ -61,7 +61,7 @@ class AestheticReward:
 
     def __init__(self, model: str, head: str, device: torch.device):
         self.head = load_head(head).to(device)
-        self.tower = ImageTower(model, device)
+        self.tower = ImageTower(model, "aesthetic", device)
         width = self.head.layers[0].in_features
         if width != self.tower.clip.config.projection_dim:
             raise InputError(

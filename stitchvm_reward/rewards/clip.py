@@ -1,6 +1,8 @@
-"""CLIP similarity as a reward, and the image tower that other rewards share."""
+"""Rewards that compare an image with its text, and the image tower that the aesthetic reward shares."""
 
+from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -10,30 +12,60 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import locate
-from stitchvm_reward.rewards.preprocess import normalise, resize_and_crop
+from stitchvm_reward.rewards.preprocess import normalise, pad_to_square, resize_and_crop, squash
+
+# How a picture of any shape becomes the square that the tower reads, by the kind of reward.
+FITS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "aesthetic": resize_and_crop,
+    "clip": resize_and_crop,
+    "dfn_clip": squash,
+    "hpsv2": pad_to_square,
+    "pickscore": resize_and_crop,
+}
+TEXT_KINDS = ("clip", "dfn_clip", "hpsv2", "pickscore")
+PICKSCORE_DIVISOR = 26.0  # DiffusionNFT's: brings exp(logit_scale) * cosine, about 20, near to 1
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
+def require_folder(model: str) -> None:
+    """Raise InputError for a CLIP model given as a file of weights, telling how it becomes a folder."""
+    if Path(model).suffix.lower() in WEIGHT_FILES and not Path(model).expanduser().is_dir():
+        raise InputError(
+            f"a reward's model is a CLIP folder or a hub id, got the file {model}; convert open_clip weights with: "
+            f"python -m stitchvm_reward.rewards.open_clip {model} OUT --tokenizer FOLDER_OR_HUB_ID"
+        )
 
 
 def load_clip(model: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[CLIPModel, Path]:
-    """A frozen CLIP model and the folder it came from. Raises InputError where there is none."""
+    """A frozen CLIP model and the folder it came from. Raises InputError where there is none.
+
+    Some published models have no safetensors, only pytorch_model.bin: that is read as tensors alone, never as code.
+    """
+    require_folder(model)
     folder = locate(model, ("*.safetensors", "*.txt"))
+    safe = any(folder.glob("model*.safetensors"))
+    if not safe:
+        folder = locate(model, ("pytorch_model*.bin", "*.txt"))
     try:
-        clip = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{model} is no CLIP model folder: {str(error).splitlines()[0]}") from None
+        clip = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=safe, weights_only=True)
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{model} is no CLIP model folder: {reason}") from None
     return clip.to(device).eval().requires_grad_(False), folder
 
 
 class ImageTower:
-    """The frozen vision half of a CLIP model: images to normalised embeddings."""
+    """The frozen vision half of a CLIP model: images to normalised embeddings, fitted as the kind of reward asks."""
 
-    def __init__(self, model: str, device: torch.device, dtype: torch.dtype = torch.float32):
+    def __init__(self, model: str, kind: str, device: torch.device, dtype: torch.dtype = torch.float32):
+        self.fit = FITS[kind]
         self.clip, self.folder = load_clip(model, device, dtype)
         self.device, self.dtype = device, dtype
         self.side = self.clip.config.vision_config.image_size
 
     def pixels(self, images: Tensor) -> Tensor:
         """What the tower reads of (batch, 3, h, w) images in [0, 1]: its own size and normalisation, in its dtype."""
-        return normalise(resize_and_crop(images.to(self.device, torch.float32), self.side)).to(self.dtype)
+        return normalise(self.fit(images.to(self.device, torch.float32), self.side)).to(self.dtype)
 
     def embed(self, images: Tensor) -> Tensor:
         """Normalised embeddings, (batch, width) float32, of (batch, 3, h, w) in [0, 1]; differentiable."""
@@ -58,10 +90,14 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 class TextTower:
-    """The frozen text half of a CLIP model; each prompt is embedded once and kept."""
+    """The frozen text half of a CLIP model, and the score of an image's embedding against its text.
 
-    def __init__(self, clip: CLIPModel, folder: Path):
+    Each prompt is embedded once and kept.
+    """
+
+    def __init__(self, clip: CLIPModel, folder: Path, kind: str):
         self.clip, self.tokenizer = clip, load_tokenizer(folder)
+        self.scale = float(clip.logit_scale.float().exp()) / PICKSCORE_DIVISOR if kind == "pickscore" else 1.0
         self._known: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -77,14 +113,24 @@ class TextTower:
             self._known.update(zip(missing, F.normalize(embedded.float(), dim=-1), strict=True))
         return torch.stack([self._known[prompt] for prompt in prompts])
 
+    def score(self, embeddings: Tensor, prompts: list[str]) -> Tensor:
+        """(batch,) scores of normalised image embeddings (batch, width), each against its own prompt.
+
+        The cosine, in [-1, 1]; for PickScore times exp(logit_scale) / 26, as DiffusionNFT scales it (3.85 as
+        published). Raises InputError where there are not as many prompts as embeddings.
+        """
+        if len(prompts) != len(embeddings):
+            raise InputError(f"every image is scored against its own prompt, got {len(embeddings)} and {len(prompts)}")
+        return (embeddings * self.embed(prompts).to(embeddings.device)).sum(-1) * self.scale
+
 
 class ClipReward:
-    """Cosine of image and text embedding, in [-1, 1]."""
+    """What a CLIP model thinks of images and their texts; see `TextTower.score`. `kind` is one of TEXT_KINDS."""
 
-    def __init__(self, model: str, device: torch.device):
-        self.tower = ImageTower(model, device)
-        self.texts = TextTower(self.tower.clip, self.tower.folder)
+    def __init__(self, model: str, kind: str, device: torch.device):
+        self.tower = ImageTower(model, kind, device)
+        self.texts = TextTower(self.tower.clip, self.tower.folder, kind)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """(batch,) float32 for (batch, 3, h, w) images in [0, 1] and as many prompts; each text is embedded once."""
-        return (self.tower.embed(images) * self.texts.embed(prompts)).sum(-1)
+        """(batch,) float32 for (batch, 3, h, w) images in [0, 1] and as many prompts; differentiable in the images."""
+        return self.texts.score(self.tower.embed(images), prompts)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPConfig, CLIPModel
 
-from stitchvm_reward.diffusion.architectures import configurations, vision_configuration
+from stitchvm_reward.diffusion.architectures import clip_configuration, configurations
 from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.diffusion.path import denoised
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.rewards.preprocess import normalise, resize_and_crop
+from stitchvm_reward.rewards.clip import FITS
+from stitchvm_reward.rewards.preprocess import normalise
 from stitchvm_reward.rewards.tail import RewardTail
 from stitchvm_reward.stitching.config import StitchRecipe
 from stitchvm_reward.stitching.value_model import ValueNetwork
@@ -91,13 +92,13 @@ def random_generator(model: str, dtype: str, vae_dtype: str, resolution: int, de
 def random_clip(model: str, device: torch.device) -> CLIPModel:
     """A float32 CLIP model of a folder's or a known hub id's shapes with random weights. Raises InputError."""
     with torch.device("meta"):
-        clip = CLIPModel(CLIPConfig(**vision_configuration(model)))
+        clip = CLIPModel(CLIPConfig(**clip_configuration(model)))
     return randomised(clip, torch.float32, device)
 
 
 def pixel_embedding(clip: CLIPModel, kind: str, images: Tensor) -> Tensor:
     """What a reward of this kind makes of (batch, 3, h, w) images in [0, 1], up to its embedding."""
-    pixels = normalise(resize_and_crop(images, clip.config.vision_config.image_size))
+    pixels = normalise(FITS[kind](images, clip.config.vision_config.image_size))
     return clip.get_image_features(pixel_values=pixels).pooler_output
 
 

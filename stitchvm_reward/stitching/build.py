@@ -21,7 +21,7 @@ from stitchvm_reward.diffusion.path import noised
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import is_hub_id, locate
 from stitchvm_reward.rewards.aesthetic import load_head
-from stitchvm_reward.rewards.clip import ImageTower, TextTower
+from stitchvm_reward.rewards.clip import ImageTower, TextTower, require_folder
 from stitchvm_reward.rewards.tail import RewardTail, vision_states
 from stitchvm_reward.runs import checkpoint, randomness
 from stitchvm_reward.runs.geometry import share
@@ -49,6 +49,7 @@ def check_stitch_recipe(recipe: StitchRecipe) -> None:
     depth = int(transformer["num_layers"])
     if (recipe.backbone.block or 0) > depth:
         raise InputError(f"backbone.block must be at most {depth}, the backbone's blocks, got {recipe.backbone.block}")
+    require_folder(recipe.reward.model)
     if not is_hub_id(recipe.reward.model):
         config = locate(recipe.reward.model, ()) / "config.json"
         try:
@@ -86,7 +87,7 @@ class Builder:
             self.embeddings.ensure([""])
         accelerator.wait_for_everyone()
         self.null = self.embeddings.conditions([""])
-        self.tower = ImageTower(recipe.reward.model, self.device)
+        self.tower = ImageTower(recipe.reward.model, recipe.reward.kind, self.device)
         self.vae_identity, self.targets = self._targets()
         if self.main and self.targets.broken:
             names = ", ".join(self.targets.broken[:5])
@@ -113,7 +114,12 @@ class Builder:
             vae.config.latent_channels,
             *2 * (recipe.backbone.resolution // 2 ** (len(vae.config.block_out_channels) - 1),),
         )
-        key = {"vae": identity, "reward": _digest(self.tower), "side": recipe.backbone.resolution}
+        key = {
+            "vae": identity,
+            "reward": _digest(self.tower),
+            "fit": self.tower.fit.__name__,  # kinds of reward may share a tower and show it another cut of the picture
+            "side": recipe.backbone.resolution,
+        }
         folder = targets_folder(recipe.data.cache, self.images, key)
         shards = range(-(-len(self.images) // SHARD))
         own = share(len(shards), self.accelerator.process_index, self.accelerator.num_processes)
@@ -190,7 +196,7 @@ class Builder:
         if recipe.reward.kind == "aesthetic":
             readout: Any = load_head(recipe.reward.head).to(self.device)
         else:
-            readout = TextTower(self.tower.clip, self.tower.folder)
+            readout = TextTower(self.tower.clip, self.tower.folder, recipe.reward.kind)
         vision = self.tower.clip.config.vision_config
         config = {
             "format": FORMAT,
@@ -214,8 +220,8 @@ class Builder:
 
 
 def _digest(tower: ImageTower) -> str:
-    """Identify a reward's image tower by numbers out of its weights."""
-    digest = hashlib.sha256()
+    """Identify a reward's image tower by its activation and numbers out of its weights."""
+    digest = hashlib.sha256(tower.clip.config.vision_config.hidden_act.encode())
     for _, tensor in sorted(tower.clip.vision_model.state_dict().items()):
         digest.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from stitchvm_reward.rewards.clip import TEXT_KINDS
 from stitchvm_reward.runs.recipe import DTYPES, CheckpointRecipe, at_least, one_of, positive, read_recipe, require
 
-REWARDS = ("aesthetic", "clip")
+REWARDS = ("aesthetic", *TEXT_KINDS)
 CONDITIONINGS = ("null", "prompt")
 
 
@@ -39,7 +40,7 @@ class BackboneRecipe:
 @dataclass
 class RewardModelRecipe:
     kind: str = "aesthetic"
-    """aesthetic (CLIP image tower and head) or clip (also DFN-CLIP and HPSv2: cosine with the text)."""
+    """aesthetic (CLIP image tower and head), or clip, dfn_clip, hpsv2, pickscore: image against text."""
     model: str = MISSING
     """Folder or hub id of the CLIP model."""
     head: str = ""
@@ -175,7 +176,7 @@ def load_stitch_recipe(path: str | Path, overrides: list[str] | None = None) -> 
     needs_head = recipe.reward.kind == "aesthetic"
     require(
         bool(recipe.reward.head) == needs_head,
-        "reward.head must name a file, folder or hub id for kind aesthetic, and nothing for kind clip",
+        "reward.head must name a file, folder or hub id for kind aesthetic, and nothing for another kind",
         recipe.reward.head,
     )
     return recipe

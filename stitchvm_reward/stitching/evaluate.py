@@ -17,7 +17,7 @@ from stitchvm_reward.diffusion.solvers import ancestral_step, sigma_schedule
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards import find_function, load_reward
 from stitchvm_reward.rewards.aesthetic import AestheticReward
-from stitchvm_reward.rewards.clip import ClipReward, TextTower
+from stitchvm_reward.rewards.clip import ClipReward
 from stitchvm_reward.runs import randomness
 from stitchvm_reward.runs.run_folder import arm_of
 from stitchvm_reward.stitching.benchmark import timed
@@ -57,7 +57,7 @@ def _one_of_all(configs: dict[str, dict]) -> dict:
     (first, one), *others = configs.items()
     for name, other in others:
         for key in ("reward", "backbone"):
-            if one[key]["path"] != other[key]["path"] or one["reward"]["head"] != other["reward"]["head"]:
+            if any(one[key].get(part) != other[key].get(part) for part in ("kind", "path", "head")):
                 raise InputError(f"{name} and {first} have not the same {key}; compare models of one reward only")
     return one
 
@@ -78,7 +78,7 @@ class Evaluation:
         self.null = next(iter(self.models.values())).null
         self.reward = load_reward(reward["kind"], reward["path"], reward["head"], "", device)
         assert isinstance(self.reward, AestheticReward | ClipReward)  # what a value model can be stitched from
-        self.reads_text = reward["kind"] == "clip"
+        self.texts = self.reward.texts if isinstance(self.reward, ClipReward) else None
         self.reads_captions = any(model.conditioning == "prompt" for model in self.models.values())
         self.tower = self.reward.tower
         self.methods = [*self.models, "tweedie", *(["monte carlo"] if question.rollouts else [])]
@@ -94,9 +94,9 @@ class Evaluation:
         found, question = find_images(self.question.images, "train", "image", "text", 0), self.question
         images, captions = [], []
         for index in range(len(found)):
-            needed = self.reads_text or self.reads_captions or self.truth is not None
+            needed = self.texts is not None or self.reads_captions or self.truth is not None
             caption = found.caption(index) if needed else ""
-            if self.reads_text and caption in captions:
+            if self.texts is not None and caption in captions:
                 continue  # retrieval needs one right answer
             image = found.load(index, side)
             if image is not None:
@@ -188,9 +188,8 @@ def quality(evaluation: Evaluation) -> list[dict]:
         )
         embedded = torch.cat([evaluation.tower.embed(evaluation.images[r.start : r.stop]).cpu() for r in rows])
     truth = None if evaluation.truth is None else evaluation.truth(evaluation.images, texts)
-    text_embedding = None
-    if evaluation.reads_text:
-        text_embedding = TextTower(evaluation.tower.clip, evaluation.tower.folder).embed(texts).cpu()
+    reader = evaluation.texts
+    text_embedding = None if reader is None else reader.embed(texts).cpu()
 
     def row(method: str, sigma: float | None, values: Tensor, embedding: Tensor | None) -> dict:
         found: dict = {"method": method, "sigma": sigma, "spearman_clean": _rank(values, clean)}
@@ -206,11 +205,12 @@ def quality(evaluation: Evaluation) -> list[dict]:
             values, embeddings = [], []
             for r in rows:
                 latents = evaluation.noisy(sigma, r)
-                if text_embedding is not None and method != "monte carlo":
-                    embeddings.append(evaluation.embedding(method, latents, sigma, texts[r.start : r.stop]))
-                    values.append((embeddings[-1] * text_embedding[r.start : r.stop]).sum(-1))
+                own = texts[r.start : r.stop]
+                if reader is not None and method != "monte carlo":
+                    embeddings.append(evaluation.embedding(method, latents, sigma, own))
+                    values.append(reader.score(embeddings[-1], own))
                 else:
-                    values.append(evaluation.value(method, latents, sigma, texts[r.start : r.stop], seed=r.start))
+                    values.append(evaluation.value(method, latents, sigma, own, seed=r.start))
             table.append(row(method, sigma, torch.cat(values), torch.cat(embeddings) if embeddings else None))
     return table
 

@@ -16,7 +16,7 @@ from stitchvm_reward.diffusion.backbone import BackboneHead, load_backbone
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards.aesthetic import AestheticHead
-from stitchvm_reward.rewards.clip import TextTower, load_clip
+from stitchvm_reward.rewards.clip import TEXT_KINDS, TextTower, load_clip
 from stitchvm_reward.rewards.tail import RewardTail
 from stitchvm_reward.stitching.layer import StitchingLayer
 
@@ -95,7 +95,7 @@ class StitchedValueModel:
         if isinstance(self.readout, TextTower):
             if prompts is None:
                 raise InputError("this value model scores an image against its text: score needs the prompts")
-            return (embedding * self.readout.embed(prompts)).sum(-1)
+            return self.readout.score(embedding, prompts)
         return self.readout(embedding)
 
     def score(
@@ -188,10 +188,10 @@ def empty_network(config: dict[str, Any], backbone: BackboneHead) -> ValueNetwor
 
 
 def _readout(config: dict[str, Any], head: dict[str, Tensor], device: torch.device) -> AestheticHead | TextTower:
-    if config["reward"]["kind"] == "clip":
+    if config["reward"]["kind"] in TEXT_KINDS:
         clip, folder = load_clip(config["reward"]["path"], device)
         clip.vision_model = nn.Identity()  # only the text is read
-        return TextTower(clip, folder)
+        return TextTower(clip, folder, config["reward"]["kind"])
     readout = AestheticHead(head["layers.0.weight"].shape[1])
     readout.load_state_dict(head)
     return readout.to(device).eval().requires_grad_(False)

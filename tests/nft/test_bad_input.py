@@ -99,6 +99,14 @@ def test_missing_reward_model_and_head(refuses, tmp_path):
     refuses(rewards % (tmp_path / "clip", tmp_path / "head.pth"), message=["aesthetic head not found", "head.pth"])
 
 
+@pytest.mark.parametrize("kind", ["clip", "dfn_clip", "hpsv2", "pickscore"])
+def test_reward_model_that_is_a_file_of_weights(refuses, tmp_path, kind):
+    (tmp_path / "hps.pt").write_bytes(b"")
+    for model in (tmp_path / "hps.pt", "weights/hps.pt"):
+        command = f"python -m stitchvm_reward.rewards.open_clip {model} OUT --tokenizer"
+        refuses(f"rewards=[{{kind: {kind}, model: {model}}}]", message=[command])
+
+
 @pytest.mark.parametrize("name", ["train", "held_out"])
 def test_missing_prompt_file(refuses, tmp_path, name):
     (tmp_path / f"{name}.txt").unlink()

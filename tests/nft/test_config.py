@@ -185,8 +185,12 @@ def test_a_value_out_of_range_is_refused_with_its_key(load, override):
     "rewards, message",
     [
         ([], "at least one reward"),
-        ([{"kind": "magic", "model": "x"}], "rewards.kind must be one of aesthetic, clip, function"),
+        (
+            [{"kind": "magic", "model": "x"}],
+            "rewards.kind must be one of aesthetic, clip, dfn_clip, hpsv2, pickscore, function, value",
+        ),
         ([{"kind": "clip"}], "needs model"),
+        ([{"kind": "pickscore"}], "a reward of kind pickscore needs model"),
         ([{"kind": "aesthetic", "model": "x"}], "needs head"),
         ([{"kind": "function", "function": "module"}], "package.module:function"),
         ([{"kind": "clip", "model": "x"}] * 2, "a name of its own"),

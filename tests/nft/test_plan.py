@@ -1,10 +1,25 @@
 """The plan of a run, at full size on the meta device."""
 
 import pytest
+import torch
 
 from nft.config import load_recipe
 from nft.geometry import geometry_of
-from nft.plan import cost_lines, costs, work, work_lines
+from nft.plan import _vision_flops, cost_lines, costs, work, work_lines
+
+
+@pytest.mark.parametrize(
+    ("model", "teraflop"),
+    [
+        ("openai/clip-vit-large-patch14-336", 0.38),
+        ("apple/DFN5B-CLIP-ViT-H-14-378", 1.01),
+        ("adams-story/HPSv2-hf", 0.33),
+    ],
+)
+def test_a_published_reward_tower_costs_what_was_worked_out_by_hand(model, teraflop):
+    with torch.device("meta"), torch.no_grad():
+        assert _vision_flops(model) / 1e12 == pytest.approx(teraflop, rel=0.02)
+        assert _vision_flops("somebody/clip") is None
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +63,8 @@ def test_a_stopped_run_counts_the_steps_it_takes_and_decodes_nothing(medium):
     phases = work(recipe, geometry_of(recipe, 1), found)
     assert phases["rollout"] == pytest.approx(192 * 5 * found.forward_flops / 1e12) and phases["decode"] == 0
     # every tenth epoch 32 samples go the rest of the way
-    assert phases["audit"] == pytest.approx(3.2 * (5 * found.forward_flops + found.decode_flops) / 1e12)
+    whole = 5 * found.forward_flops + found.decode_flops + found.pixel_score_flops
+    assert phases["audit"] == pytest.approx(3.2 * whole / 1e12)
     assert "stopped after 4 to 6" in "\n".join(work_lines(recipe, 1))
 
 

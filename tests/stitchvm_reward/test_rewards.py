@@ -3,17 +3,20 @@
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
 from miniature import wording
+from stitchvm_reward import hub
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards import FunctionReward, check_finite, find_function, load_reward
 from stitchvm_reward.rewards.aesthetic import AestheticHead, AestheticReward, load_head
-from stitchvm_reward.rewards.clip import ClipReward
+from stitchvm_reward.rewards.clip import FITS, TEXT_KINDS, ClipReward, load_clip
 from stitchvm_reward.rewards.preprocess import normalise
 
 WIDTH = 16
@@ -57,13 +60,13 @@ def test_clip_reward_is_the_cosine_of_the_models_own_embeddings(clip_folder, ima
     with torch.no_grad():
         direct = model(input_ids=tokens, pixel_values=normalise(images))
     expected = torch.cosine_similarity(direct.image_embeds, direct.text_embeds)
-    scores = ClipReward(clip_folder, CPU).score(images, PROMPTS)
+    scores = ClipReward(clip_folder, "clip", CPU).score(images, PROMPTS)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_clip_reward_embeds_each_text_once(clip_folder, images):
-    reward = ClipReward(clip_folder, CPU)
+    reward = ClipReward(clip_folder, "clip", CPU)
     reward.score(images, PROMPTS)
     kept = dict(reward.texts._known)
     assert list(kept) == PROMPTS[:2]
@@ -74,11 +77,11 @@ def test_clip_reward_embeds_each_text_once(clip_folder, images):
 
 
 def test_clip_reward_cuts_a_text_that_is_too_long(clip_folder, images):
-    assert ClipReward(clip_folder, CPU).score(images[:1], ["red " * 50]).isfinite().all()
+    assert ClipReward(clip_folder, "clip", CPU).score(images[:1], ["red " * 50]).isfinite().all()
 
 
 def test_clip_reward_is_differentiable_in_the_pixels_alone(clip_folder, images):
-    reward = ClipReward(clip_folder, CPU)
+    reward = ClipReward(clip_folder, "clip", CPU)
     reward.score(images.requires_grad_(), PROMPTS).sum().backward()
     assert images.grad.isfinite().all() and images.grad.any()
     assert not any(parameter.requires_grad for parameter in reward.tower.clip.parameters())
@@ -86,13 +89,13 @@ def test_clip_reward_is_differentiable_in_the_pixels_alone(clip_folder, images):
 
 def test_folder_without_a_clip_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="no CLIP model"):
-        ClipReward(str(tmp_path), CPU)
+        ClipReward(str(tmp_path), "clip", CPU)
 
 
 def test_folder_with_another_kind_of_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(InputError, match="no CLIP model"):
-        ClipReward(str(tmp_path), CPU)
+        ClipReward(str(tmp_path), "clip", CPU)
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json"])
@@ -101,7 +104,111 @@ def test_clip_folder_with_a_lost_file_is_refused(clip_folder, tmp_path, lost, co
     folder = shutil.copytree(clip_folder, tmp_path / "clip")
     (folder / lost).unlink() if content is None else (folder / lost).write_bytes(content)
     with pytest.raises(InputError, match="clip"):
-        ClipReward(str(folder), CPU)
+        ClipReward(str(folder), "clip", CPU)
+
+
+@pytest.fixture
+def tall():
+    """Pictures that are not square, so that the kinds see them differently."""
+    return torch.rand(3, 3, 64, 40, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("kind", TEXT_KINDS)
+def test_every_text_kind_is_the_scaled_cosine_of_what_its_tower_sees(clip_folder, tall, kind):
+    model, tokenizer = CLIPModel.from_pretrained(clip_folder).eval(), wording.clip_tokenizer()
+    tokens = tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        direct = model(input_ids=tokens, pixel_values=normalise(FITS[kind](tall, 32)))
+    scale = float(model.logit_scale.detach().exp()) / 26 if kind == "pickscore" else 1.0
+    expected = scale * torch.cosine_similarity(direct.image_embeds, direct.text_embeds)
+    reward = load_reward(kind, clip_folder, "", "", CPU)
+    torch.testing.assert_close(reward.score(tall, PROMPTS), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_kinds_that_fit_pictures_differently_score_them_differently(clip_folder, tall, images):
+    rewards = {kind: ClipReward(clip_folder, kind, CPU) for kind in ("clip", "dfn_clip", "hpsv2")}
+    on_tall = [reward.score(tall, PROMPTS) for reward in rewards.values()]
+    on_square = [reward.score(images, PROMPTS) for reward in rewards.values()]
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.allclose(on_tall[first], on_tall[second], atol=1e-4)
+        assert torch.equal(on_square[first], on_square[second])
+
+
+def test_pickscore_has_its_published_scale(clip_folder, images):
+    reward, plain = (ClipReward(clip_folder, kind, CPU) for kind in ("pickscore", "clip"))
+    assert reward.texts.scale == pytest.approx(float(reward.tower.clip.logit_scale.exp()) / 26)
+    # published: logit_scale is log 100, and DiffusionNFT divides by 26
+    reward.tower.clip.logit_scale.fill_(4.6051702)
+    reward.texts = type(reward.texts)(reward.tower.clip, reward.tower.folder, "pickscore")
+    assert reward.texts.scale == pytest.approx(3.8461538)
+    torch.testing.assert_close(reward.score(images, PROMPTS), plain.score(images, PROMPTS) * 3.8461538)
+
+
+@pytest.mark.parametrize("kind", TEXT_KINDS)
+def test_a_pairs_score_does_not_depend_on_its_company(clip_folder, tall, kind):
+    reward = ClipReward(clip_folder, kind, CPU)
+    alone = torch.cat([reward.score(tall[n : n + 1], PROMPTS[n : n + 1]) for n in range(3)])
+    torch.testing.assert_close(reward.score(tall, PROMPTS), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[:2], []])
+def test_pictures_without_a_prompt_each_are_refused(clip_folder, images, prompts):
+    with pytest.raises(InputError, match=rf"against its own prompt, got 3 and {len(prompts)}"):
+        ClipReward(clip_folder, "clip", CPU).score(images, prompts)
+
+
+@pytest.mark.parametrize("model", ["HPS_v2.1_compressed.pt", "weights/HPS_v2.1_compressed.pt", "model.safetensors"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_of_weights_is_answered_with_the_command_that_converts_it(tmp_path, monkeypatch, model, there):
+    monkeypatch.chdir(tmp_path)
+    if there:
+        (tmp_path / "weights").mkdir()
+        (tmp_path / model).write_bytes(b"")
+    command = f"python -m stitchvm_reward.rewards.open_clip {model} OUT --tokenizer FOLDER_OR_HUB_ID"
+    with pytest.raises(InputError) as caught:
+        load_reward("hpsv2", model, "", "", CPU)
+    assert command in str(caught.value) and "\n" not in str(caught.value)
+
+
+def pickled(folder, tmp_path, change=lambda state: state):
+    """A copy of a CLIP folder with its weights as pytorch_model.bin, as some are published."""
+    copied = shutil.copytree(folder, tmp_path / "pickled")
+    (copied / "model.safetensors").unlink()
+    torch.save(change(dict(CLIPModel.from_pretrained(folder).state_dict())), copied / "pytorch_model.bin")
+    return str(copied)
+
+
+def test_a_folder_that_only_has_pickled_tensors_is_read(clip_folder, tmp_path, images):
+    reward = ClipReward(pickled(clip_folder, tmp_path), "clip", CPU)
+    assert torch.equal(reward.score(images, PROMPTS), ClipReward(clip_folder, "clip", CPU).score(images, PROMPTS))
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_pickled_weights_are_fetched_only_where_there_are_no_others(clip_folder, tmp_path, monkeypatch, safe):
+    published, fetched = Path(clip_folder if safe else pickled(clip_folder, tmp_path)), tmp_path / "fetched"
+    if safe:
+        published = shutil.copytree(published, tmp_path / "both")
+        (published / "pytorch_model.bin").write_bytes(b"never asked for")
+    fetched.mkdir()
+
+    def download(model, allow_patterns, ignore_patterns):
+        names = [path.name for path in published.iterdir()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            shutil.copyfile(published / name, fetched / name)
+        return str(fetched)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    clip, _ = load_clip("somebody/clip", CPU)
+    assert torch.equal(clip.visual_projection.weight, load_clip(clip_folder, CPU)[0].visual_projection.weight)
+    assert (fetched / "pytorch_model.bin").exists() != safe
+
+
+def test_code_in_pickled_weights_is_refused_and_not_run(clip_folder, tmp_path):
+    sign = tmp_path / "executed"
+    folder = pickled(clip_folder, tmp_path, lambda state: state | {"logit_scale": Code(sign)})
+    with pytest.raises(InputError, match="no CLIP model folder") as caught:
+        load_clip(folder, CPU)
+    assert not sign.exists() and "\n" not in str(caught.value)
 
 
 def test_published_head_layout_is_read():
@@ -109,6 +216,24 @@ def test_published_head_layout_is_read():
     assert list(make_head().state_dict()) == keys
     shapes = [tuple(tensor.shape) for key, tensor in make_head(768).state_dict().items() if key.endswith("weight")]
     assert shapes == [(1024, 768), (128, 1024), (64, 128), (16, 64), (1, 16)]
+
+
+PUBLISHED = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+
+
+@pytest.mark.parametrize("name", ["sac+logos+ava1-l14-linearMSE.pth", "head.safetensors"])
+def test_a_file_with_the_published_heads_keys_and_shapes_scores_as_its_matrices_say(tmp_path, name):
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for index, shape in PUBLISHED.items():
+        state[f"layers.{index}.weight"] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        state[f"layers.{index}.bias"] = torch.randn(shape[0], generator=generator)
+    path = tmp_path / name
+    save_file(state, path) if name.endswith("safetensors") else torch.save(state, path)
+    embeddings = expected = torch.randn(4, 768, generator=generator)
+    for index in PUBLISHED:  # nothing but matrices: dropout is off and there are no activations
+        expected = expected @ state[f"layers.{index}.weight"].T + state[f"layers.{index}.bias"]
+    torch.testing.assert_close(load_head(str(path))(embeddings), expected[:, 0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "aesthetic-model.pth"])
@@ -236,7 +361,7 @@ def test_a_module_that_cannot_be_imported_is_told_by_name(user, name):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(InputError, match="aesthetic, clip, function, got 'magic'"):
+    with pytest.raises(InputError, match="aesthetic, clip, dfn_clip, hpsv2, pickscore, function, got 'magic'"):
         load_reward("magic", "", "", "", CPU)
 
 

@@ -17,6 +17,12 @@ def test_shipped_recipes_load(path):
     assert load_stitch_recipe(path).reward.model
 
 
+def test_shipped_recipes_name_the_kind_of_their_reward():
+    kinds = {path.stem.removeprefix("sd35m_"): load_stitch_recipe(path).reward.kind for path in SHIPPED}
+    own = {"aesthetic": "aesthetic", "clip": "clip", "dfn": "dfn_clip", "hpsv2": "hpsv2", "pickscore": "pickscore"}
+    assert kinds == own | {"shapes_aesthetic": "aesthetic", "shapes_clip": "clip"}
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
@@ -26,7 +32,8 @@ def test_shipped_recipes_load(path):
         ("backbone.resolution=60", "must be a multiple of 16"),
         ("backbone.conditioning=caption", "must be one of null, prompt"),
         ("reward.head=''", "reward.head must name a file"),
-        ("reward.kind=clip", "and nothing for kind clip"),
+        ("reward.kind=hpsv2", "and nothing for another kind"),
+        ("reward.kind=dfn", "reward.kind must be one of aesthetic, clip, dfn_clip, hpsv2, pickscore, got 'dfn'"),
         ("reward.block=0", "reward.block must be 1 or more"),
     ],
 )

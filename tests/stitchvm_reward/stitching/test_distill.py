@@ -107,6 +107,7 @@ def test_too_few_good_images_are_an_error(stitch, tmp_path):
         ("backbone.block=7", "backbone.block must be at most 6"),
         ("data.images=/nowhere", "image folder not found: /nowhere"),
         ("reward.model=/nowhere", "model folder not found: /nowhere"),
+        ("reward.model=weights/hps.pt", "rewards.open_clip weights/hps.pt OUT --tokenizer"),
         ("reward.head=/nowhere", "aesthetic head not found: /nowhere"),
         ("backbone.path=/nowhere", "/nowhere"),
     ],

@@ -6,7 +6,7 @@ from diffusers import SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
-from stitchvm_reward.diffusion.architectures import TRANSFORMERS, vision_configuration
+from stitchvm_reward.diffusion.architectures import TRANSFORMERS, clip_configuration
 from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Conditions
 from stitchvm_reward.rewards.tail import RewardTail
@@ -40,7 +40,7 @@ def test_the_first_blocks_cost_what_was_worked_out_by_hand(head, given, blocks, 
 
 def test_a_stitched_score_fits_and_costs_a_sixth_of_a_tweedie_score(head, given):
     with torch.device("meta"):
-        clip = CLIPModel(CLIPConfig(**vision_configuration("openai/clip-vit-large-patch14-336")))
+        clip = CLIPModel(CLIPConfig(**clip_configuration("openai/clip-vit-large-patch14-336")))
         network = ValueNetwork(head.width(4), RewardTail(clip, 1))
     found = {}
 

@@ -35,6 +35,7 @@ class Costs:
     decode_flops: float
     score_flops: float
     pixel_score_flops: float
+    reward_bytes: int
     score_unknown: list[str]
     saved_bytes: int
     block_input_bytes: int
@@ -64,13 +65,17 @@ def _saved_bytes(call) -> int:
     return sum(sizes.values())
 
 
-def _vision_flops(model: str) -> float | None:
-    """FLOPs of one image through the vision tower of a CLIP model; None for a hub id whose shape is not known here."""
+def _clip_costs(model: str) -> tuple[float | None, int]:
+    """FLOPs of one image through a CLIP model's vision tower, and the bytes of all its weights in float32.
+
+    None and 0 for a hub id whose shape is not known here.
+    """
     if is_hub_id(model) and model not in CLIPS:
-        return None
+        return None, 0
     clip = CLIPModel(CLIPConfig(**clip_configuration(model)))
     side = clip.config.vision_config.image_size
-    return _flops(lambda: clip.get_image_features(pixel_values=torch.zeros(1, 3, side, side)))
+    flops = _flops(lambda: clip.get_image_features(pixel_values=torch.zeros(1, 3, side, side)))
+    return flops, 4 * sum(p.numel() for p in clip.parameters())
 
 
 def _value_flops(folder: str, transformer: SD3Transformer2DModel, clip_tokens: int, t5_length: int) -> float | None:
@@ -105,11 +110,11 @@ def costs(recipe: Recipe) -> Costs:
             scores = {
                 reward.name: _value_flops(reward.value_model, transformer, clip_tokens, recipe.model.t5_length)
                 if reward.kind == "value"
-                else _vision_flops(reward.model)
+                else _clip_costs(reward.model)[0]
                 for reward in recipe.rewards
                 if reward.kind != "function"
             }
-            on_pixels = [_vision_flops(model) for model in _clip_folders(recipe)]
+            on_pixels = [_clip_costs(model) for model in _clip_folders(recipe)]
         policy = Policy(transformer, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.seed)
         policy.network.to("meta")
         side = recipe.model.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -139,7 +144,8 @@ def costs(recipe: Recipe) -> Costs:
         training_flops=training,
         decode_flops=decode,
         score_flops=sum(flops or 0.0 for flops in scores.values()),
-        pixel_score_flops=sum(flops or 0.0 for flops in on_pixels),
+        pixel_score_flops=sum(flops or 0.0 for flops, _ in on_pixels),
+        reward_bytes=sum(size for _, size in on_pixels),
         score_unknown=[reward.name for reward in recipe.rewards if scores.get(reward.name) is None],
         # Frozen weights are saved by reference for the backward pass; they are counted with the weights.
         saved_bytes=max(0, saved - weights),
@@ -153,10 +159,10 @@ def costs(recipe: Recipe) -> Costs:
 def memory(recipe: Recipe, found: Costs) -> dict[str, float]:
     """Expected GiB of one process in each phase, from weights, adapters, optimizer state and saved activations.
 
-    Computed from shapes, not measured; rewards and value models are left out.
+    Computed from shapes, not measured. Value models beside the rewards they were stitched from are left out.
     """
     width, vae_width = (getattr(torch, name).itemsize for name in (recipe.model.dtype, recipe.model.vae_dtype))
-    frozen = found.base_parameters * width + found.vae_parameters * vae_width
+    frozen = found.base_parameters * width + found.vae_parameters * vae_width + found.reward_bytes
     # Three adapters and one gradient in float32, two Adam moments in float32 or in 8 bits.
     moments = 2 * (1 if recipe.train.optimizer == "adamw_8bit" else 4)
     kept = frozen + found.adapter_parameters * (4 * (len(ADAPTERS) + 1) + moments)
@@ -165,7 +171,7 @@ def memory(recipe: Recipe, found: Costs) -> dict[str, float]:
     saved = found.blocks * found.block_input_bytes + block if recipe.train.gradient_checkpointing else found.saved_bytes
     encoders = TEXT_PARAMETERS * width if "stabilityai/" in recipe.model.path else 0
     phases = {
-        "encode prompts": encoders,
+        "encode prompts": encoders + found.reward_bytes,
         "rollout": kept + batch * block,
         # The decoder's widest layers hold 128 channels at full resolution, about four of them at once.
         "decode": kept + decoded * 128 * 4,

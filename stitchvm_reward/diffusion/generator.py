@@ -187,9 +187,10 @@ class Generator:
         decoded = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile each transformer block at its first call, for every adapter, shape and kind of block it meets."""
         # Reference, rollout, training and evaluation are variants of one block's code, as are the three kinds of blocks
         # and a last, smaller batch: more than the compiler keeps unless told to.
         torch._dynamo.config.recompile_limit = 64
-        self.transformer.compile_repeated_blocks()
+        for block in self.transformer.transformer_blocks:
+            block.compile(backend=backend)

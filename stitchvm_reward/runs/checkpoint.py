@@ -120,7 +120,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         for name, value in values.items():
             for inner, entry in value.items() if isinstance(value, dict) else [(None, value)]:
                 key = f"{index}.{name}" if inner is None else f"{index}.{name}.{inner}"
-                flat[key] = entry if isinstance(entry, Tensor) else torch.tensor(entry)
+                # What nests may be shared between parameters (a table of 8-bit values); a file holds each by itself.
+                flat[key] = torch.tensor(entry) if not isinstance(entry, Tensor) else entry.clone() if inner else entry
     return flat
 
 

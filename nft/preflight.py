@@ -47,8 +47,14 @@ def _builds(recipe: Path, folder: Path) -> bool:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check everything of a recipe that does not need its weights. Raises InputError."""
+    """Check everything of a run that does not need its weights. Raises InputError."""
     check_run_folder(recipe)
+    check_inputs(recipe)
+    check_prompts(recipe)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Check the model, the rewards and the measures that a recipe names, without their weights. Raises InputError."""
     _check_model(
         recipe.model.path, ("model_index.json", "transformer", "vae", "scheduler", "text_encoder", "tokenizer")
     )
@@ -64,4 +70,3 @@ def check_recipe(recipe: Recipe) -> None:
             raise InputError(f"aesthetic head not found: {reward.head}; give a file, a folder or a hub id")
     for name in recipe.evaluation.metrics:
         find_function(name)
-    check_prompts(recipe)

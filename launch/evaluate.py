@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     images = commands.add_parser(
         "images",
         description="The rewards and measures of a recipe on pictures of its held-out prompts, by its model and by the "
-        "same with a LoRA file from the same noise: means, the paired difference with its 95%% confidence interval "
+        "same with a LoRA file from the same noise: means, the paired difference with its 95% confidence interval "
         "(Student's t over prompts), and the shares of prompts that became better and worse.",
     )
     images.add_argument("recipe", help="a recipe file, such as recipes/shapes/aesthetic.yaml, or a run's recipe.yaml")

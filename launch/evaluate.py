@@ -1,4 +1,8 @@
-"""Measure value models: python launch/evaluate.py value FOLDER... --images FOLDER"""
+"""Measure value models, or pictures of a base and a tuned model:
+
+python launch/evaluate.py value FOLDER... --images FOLDER
+python launch/evaluate.py images RECIPE --lora FILE
+"""
 
 import argparse
 import sys
@@ -12,7 +16,9 @@ from stitchvm_reward.errors import InputError  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description="Measure value models.")
+    parser = argparse.ArgumentParser(
+        prog="launch/evaluate.py", description="Measure value models, or pictures of a base and a tuned model."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     value = commands.add_parser(
         "value",
@@ -32,7 +38,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     value.add_argument("--micro-batch", type=int, default=32, help="latents scored at once")
     value.add_argument("--seed", type=int, default=0, help="of the noise")
     value.add_argument("--out", type=Path, help="JSON file to write, with a plot beside it as PNG")
-    return parser.parse_args(arguments)
+    images = commands.add_parser(
+        "images",
+        description="The rewards and measures of a recipe on pictures of its held-out prompts, by its model and by the "
+        "same with a LoRA file from the same noise: means, the paired difference with its 95% confidence interval "
+        "(Student's t over prompts), and the shares of prompts that became better and worse.",
+    )
+    images.add_argument("recipe", help="a recipe file, such as recipes/shapes/aesthetic.yaml, or a run's recipe.yaml")
+    images.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set")
+    images.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA file, as launch/export.py writes it")
+    images.add_argument("--count", type=int, help="held-out prompts; default: the recipe's evaluation.samples")
+    images.add_argument("--seed", type=int, help="of the noise; default: the recipe's")
+    images.add_argument("--out", type=Path, metavar="FILE.json", help="JSON file to write")
+    found, rest = parser.parse_known_args(arguments)
+    # Of a subcommand, argparse does not take up positionals again that follow an option.
+    if rest and (found.command != "images" or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if found.command == "images":
+        found.overrides += rest
+    return found
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -48,7 +72,34 @@ def check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(arguments, name)}")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run_images(arguments: argparse.Namespace) -> None:
+    if arguments.seed is not None and arguments.seed < 0:
+        raise InputError(f"--seed must be 0 or more, got {arguments.seed}")
+    from nft.config import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    import torch
+
+    from nft.evaluate_images import evaluate_images, save, table
+
+    hide_loading_bars()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = evaluate_images(recipe, arguments.lora, arguments.count, arguments.seed, device)
+    print(table(rows))
+    if arguments.out is not None:
+        about = {
+            "recipe": arguments.recipe,
+            "overrides": arguments.overrides,
+            "lora": arguments.lora and str(arguments.lora),
+            "prompts": arguments.count or recipe.evaluation.samples,
+            "seed": recipe.seed if arguments.seed is None else arguments.seed,
+            "device": str(device),
+            "torch": torch.__version__,
+        }
+        save(arguments.out, rows, **about)
+
+
+def run_value(arguments: argparse.Namespace) -> None:
     check(arguments)
     import torch
 
@@ -83,6 +134,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         save(arguments.out, quality=table, errors=errors, costs=costs, device=str(device), torch=torch.__version__)
         draw(table, arguments.out.with_suffix(".png"))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.command == "images":
+        run_images(arguments)
+    else:
+        run_value(arguments)
 
 
 def main() -> int:

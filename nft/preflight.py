@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nft.config import ModelRecipe, Recipe
-from nft.export import read_lora
+from nft.lora import read_lora
 from nft.prompts import check_prompts
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import is_hub_id, locate
@@ -53,8 +53,14 @@ def builder_of(folder: Path) -> Path | None:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check everything of a recipe that does not need its weights. Raises InputError."""
+    """Check everything of a run that does not need its weights. Raises InputError."""
     check_run_folder(recipe)
+    check_inputs(recipe)
+    check_prompts(recipe)
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Check the model, the rewards and the measures that a recipe names, without their weights. Raises InputError."""
     _check_model(
         recipe.model.path, ("model_index.json", "transformer", "vae", "scheduler", "text_encoder", "tokenizer")
     )
@@ -75,4 +81,3 @@ def check_recipe(recipe: Recipe) -> None:
         read_lora(Path(recipe.lora.start).expanduser())
     for name in recipe.evaluation.metrics:
         find_function(name)
-    check_prompts(recipe)

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from nft.advantage import advantages, collapsed_groups, optimality
 from nft.audit import Audit, audited
 from nft.config import Recipe
-from nft.export import read_lora, save_lora
 from nft.geometry import geometry_of
+from nft.lora import lora_header, read_lora, save_lora
 from nft.models import load_generator, make_optimizer
 from nft.plan import announce
 from nft.policy import Policy
@@ -385,6 +385,7 @@ class Trainer:
         indices = list(range(self.recipe.evaluation.grid))
         before, after = (torch.cat([self.images(a, [n]).cpu() for n in indices]) for a in (None, "ema"))
         before_after(before, after, [self.held_out[n] for n in indices], self.folder / "before_after.png")
-        save_lora(self.policy, "ema", self.folder / "lora.safetensors", f"stitch-nft {self.folder.name}")
+        header = lora_header(self.recipe, self.generator.configuration, self.epoch)
+        save_lora(self.folder / "lora.safetensors", self.policy.tensors("ema"), self.policy.scaling(), header)
         self.tracker.close()
         curves(self.folder)

@@ -1,6 +1,7 @@
 """Shared by the tests that train: runs of the bundled miniature that are small enough to take seconds."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import sys
@@ -91,6 +92,31 @@ def train(make_trainer) -> Callable[..., Any]:
 def command(overrides) -> Callable[..., list[str]]:
     """command(out, "key=value", ...) -> the command line that starts this run in a process of its own."""
     return lambda out, *more: [sys.executable, "launch/nft.py", RECIPE, *overrides(out, *more)]
+
+
+@pytest.fixture(scope="session")
+def trained_run(train, tmp_path_factory) -> tuple[Any, Path]:
+    """The trainer and the folder of a run whose pictures are visibly others than the base's. Not to be written to."""
+    folder = tmp_path_factory.mktemp("trained") / "shapes-run"
+    settings = ("epochs=2", "train.updates_per_epoch=2", "train.learning_rate=5e-3", "evaluation.every=1")
+    return train(folder, *settings, "checkpoint.keep=2"), folder
+
+
+@pytest.fixture
+def launched(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """launched("export", argument, ...) -> exit code, standard output and error of launch/export.py, run in here."""
+
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "argv", [f"launch/{name}.py", *map(str, arguments)])
+        specification = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+        assert specification is not None and specification.loader is not None
+        command = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(command)
+        capfd.readouterr()
+        return command.main(), *capfd.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Published shapes of the models that are planned for before they are downloaded."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,19 @@ def configurations(model: str) -> tuple[dict[str, Any], dict[str, Any], int]:
     if model not in TRANSFORMERS:
         raise InputError(f"the shape of {model} is not known here; known: {', '.join(TRANSFORMERS)}, or a local folder")
     return TRANSFORMERS[model], VAE, CLIP_TOKENS
+
+
+def published_as(config: Mapping[str, Any]) -> str | None:
+    """The hub id of the published transformer that `config` has the shape of, or None."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    for name, shape in TRANSFORMERS.items():
+        whole = {"dual_attention_layers": ()} | shape
+        if all(plain(config.get(key)) == plain(value) for key, value in whole.items()):
+            return name
+    return None
 
 
 def text_configurations(model: str) -> tuple[dict[str, Any], ...]:

@@ -4,7 +4,7 @@ Another family of transformers is another file with the same three functions' wo
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,18 @@ def _weight_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
+def read_weights(folder: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a transformer folder by name, one at a time and in the number format they are stored in.
+
+    Raises OSError, KeyError or SafetensorError for a file that is missing, lacks a tensor or is damaged.
+    """
+    files = _weight_files(folder)
+    for path in dict.fromkeys(files[name] for name in names):
+        with safe_open(path, framework="pt") as file:
+            for name in (name for name in names if files[name] == path):
+                yield name, file.get_tensor(name)
+
+
 def load_backbone(model: str, blocks: int, dtype: torch.dtype, device: torch.device) -> BackboneHead:
     """Load the first `blocks` blocks of a Stable Diffusion 3 folder or hub id; the others' weights are not read.
 
@@ -102,11 +114,7 @@ def load_backbone(model: str, blocks: int, dtype: torch.dtype, device: torch.dev
             raise InputError(f"{model} has {len(network.transformer_blocks)} blocks, {blocks} of them were asked for")
         network.transformer_blocks = nn.ModuleList(network.transformer_blocks[:blocks])
         network.norm_out, network.proj_out = nn.Identity(), nn.Identity()
-        files, tensors = _weight_files(folder), {}
-        for path in dict.fromkeys(files[name] for name in network.state_dict()):
-            with safe_open(path, framework="pt") as file:
-                for name in (name for name in network.state_dict() if files[name] == path):
-                    tensors[name] = file.get_tensor(name).to(dtype)
+        tensors = {name: tensor.to(dtype) for name, tensor in read_weights(folder, list(network.state_dict()))}
         network.load_state_dict(tensors, assign=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]

@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -131,6 +132,14 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return (encoded - vae.config.shift_factor) * vae.config.scaling_factor
 
 
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images (batch, 3, height, width), float32 in [0, 1], of clean latents, by an autoencoder of any dtype."""
+    scaled = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+    decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
 class Generator:
     """The frozen transformer and autoencoder of a Stable Diffusion 3 model.
 
@@ -142,6 +151,7 @@ class Generator:
         self.vae = vae.eval().requires_grad_(False)
         self.shift, self.resolution = shift, resolution
         self.device, self.dtype = transformer.device, transformer.dtype
+        self.configuration: dict[str, Any] = dict(transformer.config)
         side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_shape = (transformer.config.in_channels, side, side)
 
@@ -180,12 +190,9 @@ class Generator:
             return_dict=False,
         )[0]
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (batch, 3, resolution, resolution), float32 in [0, 1], of clean latents."""
-        scaled = latents.float() / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        decoded = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return decode(self.vae, latents)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile each transformer block at its first call, for every adapter, shape and kind of block it meets."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,24 +79,45 @@ class Tracker:
         self.writer.close()
 
 
+def _picture(image: Tensor, side: int) -> Image.Image:
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    # Small pictures are enlarged as they are; a large one that is shrunk so would be full of steps.
+    kind = Image.Resampling.NEAREST if image.shape[-1] <= side else Image.Resampling.LANCZOS
+    return Image.fromarray(pixels).resize((side, side), kind)
+
+
+def _shortened(prompt: str, width: int, lines: int = 2) -> str:
+    """A prompt broken into lines of `width` pixels, its end left out where they do not hold it."""
+    return "\n".join(textwrap.wrap(prompt, max(8, width // 6), max_lines=lines, placeholder=" …"))
+
+
+def picture_grid(columns: dict[str, Tensor], prompts: list[str], path: Path, across: int = 1) -> None:
+    """Save images (count, 3, h, w) in [0, 1] as PNG: per prompt one of each named column, side by side above it.
+
+    `across` prompts stand in a row, under a header with the columns' names.
+    """
+    own = next(iter(columns.values())).shape[-1]
+    side = max(96, own // (1 if own < 256 else 2))
+    across, margin, header, caption = min(across, len(prompts)), 6, 20, 32
+    width, height = len(columns) * (side + margin) - margin, side + caption
+    rows = -(-len(prompts) // across)
+    sheet = Image.new("RGB", (across * (width + 2 * margin), rows * (height + margin) + header), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, prompt in enumerate(prompts):
+        left = (index % across) * (width + 2 * margin) + margin
+        top = (index // across) * (height + margin) + header
+        for place, (name, images) in enumerate(columns.items()):
+            start = left + place * (side + margin)
+            sheet.paste(_picture(images[index], side), (start, top))
+            if index < across:
+                draw.text((start, 4), name, fill="black")
+        draw.multiline_text((left, top + side + 3), _shortened(prompt, width), fill="black", spacing=2)
+    sheet.save(path, optimize=True)
+
+
 def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path) -> None:
     """Save pairs of images (count, 3, h, w) in [0, 1] with their prompts, base left and tuned right, as PNG."""
-    side = max(96, before.shape[-1] // (1 if before.shape[-1] < 256 else 2))
-    columns, margin, caption = min(4, len(before)), 6, 26
-    width, height = 2 * side + margin, side + caption
-    rows = -(-len(before) // columns)
-    sheet = Image.new("RGB", (columns * (width + 2 * margin), rows * (height + margin) + caption), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((margin, margin), "left: before    right: after", fill="black")
-    for index, prompt in enumerate(prompts):
-        left = (index % columns) * (width + 2 * margin) + margin
-        top = (index // columns) * (height + margin) + caption
-        for place, images in ((left, before), (left + side + margin, after)):
-            pixels = (images[index].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (place, top))
-        shown = prompt if len(prompt) * 6 <= width else prompt[: width // 6 - 1] + "…"
-        draw.text((left, top + side + 4), shown, fill="black")
-    sheet.save(path)
+    picture_grid({"before": before, "after": after}, prompts, path, across=4)
 
 
 def curves(folder: Path) -> None:

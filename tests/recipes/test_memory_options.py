@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nft.config import load_recipe
-from nft.export import read_lora
+from nft.lora import read_lora
 from nft.plan import costs, memory, too_large
 from nft.preflight import check_recipe
 from stitchvm_reward.diffusion.generator import Generator
@@ -138,10 +138,14 @@ def test_a_lora_file_of_another_layout_is_refused(tmp_path):
     with pytest.raises(InputError, match="LoRA file not found"):
         read_lora(tmp_path / "none.safetensors")
     save_file({"base_model.model.x.lora_A.weight": torch.zeros(1)}, tmp_path / "peft.safetensors")
-    with pytest.raises(InputError, match=r"only transformer\.LAYER"):
+    with pytest.raises(InputError, match="is in PEFT's layout"):
         read_lora(tmp_path / "peft.safetensors")
+    layer = {f"transformer.x.lora_{part}.weight": torch.zeros(1, 1) for part in "AB"}
+    save_file(layer | {"transformer.x.alpha": torch.zeros(1)}, tmp_path / "alpha.safetensors")
+    with pytest.raises(InputError, match=r"nothing else; see transformer\.x\.alpha"):
+        read_lora(tmp_path / "alpha.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(b"\x00" * 9)
-    with pytest.raises(InputError, match="no safetensors file"):
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
         read_lora(tmp_path / "torn.safetensors")
 
 

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from nft.config import Recipe
 from nft.lora import attach_lora, lora_layers
+from nft.models import load_generator
 from nft.preflight import check_inputs
 from nft.prompts import read_prompts
 from nft.rollout import sample
 from nft.scoring import Scorer
-from stitchvm_reward.diffusion.generator import Generator, PromptEmbeddings
+from stitchvm_reward.diffusion.generator import PromptEmbeddings
 from stitchvm_reward.diffusion.solvers import sigma_schedule
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import randomness
@@ -79,7 +80,7 @@ def evaluate_images(
     embeddings = PromptEmbeddings(model.path, recipe.prompts.cache, model.t5_length, dtype, device)
     embeddings.ensure(prompts, progress=lambda items: tqdm(items, desc="encode prompts", leave=False))
     scorer = Scorer(recipe, device)
-    generator = Generator.load(model.path, dtype, device, model.resolution)
+    generator = load_generator(recipe, device)
     network: Any = generator.transformer
     names = ["base"] if lora is None else ["base", "tuned"]
     if lora is not None:

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from nft.config import load_recipe
 from nft.geometry import geometry_of
 from nft.plan import _clip_costs, cost_lines, costs, work, work_lines
+from stitchvm_reward.diffusion.architectures import VAE
+from stitchvm_reward.stitching.benchmark import flop_counter
 
 
 @pytest.mark.parametrize(
@@ -43,9 +46,27 @@ def test_costs_of_one_sample_are_those_worked_out_by_hand(medium, field, teraflo
 
 
 def test_attn2_adds_layers_only_to_the_first_blocks():
-    targets = "[attn.to_q,attn2.to_q]"
-    recipe = load_recipe("recipes/aesthetic_published.yaml", [f"lora.targets={targets}"])
-    assert costs(recipe).adapted_layers == 24 + 13
+    first = load_recipe("recipes/aesthetic_published.yaml")
+    targets = [*first.lora.targets, *(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))]
+    recipe = load_recipe("recipes/aesthetic_published.yaml", [f"lora.targets=[{','.join(targets)}]"])
+    found = costs(recipe)
+    assert found.adapted_layers == 191 + 4 * 13 == 243
+    assert found.adapter_parameters == 18_776_064 + 4 * 13 * 2 * 32 * 1536
+
+
+def test_1024_pixels_cost_what_was_worked_out_by_hand():
+    found = costs(load_recipe("recipes/aesthetic_published.yaml", ["model.resolution=1024"]))
+    assert found.forward_flops / 1e12 == pytest.approx(11.25, rel=0.02)
+    assert found.decode_flops / 1e12 == pytest.approx(10.5, rel=0.02)
+
+
+def test_encoding_an_image_costs_what_was_worked_out_by_hand():
+    with torch.device("meta"), torch.no_grad():
+        vae = AutoencoderKL.from_config(VAE)
+        counter = flop_counter()
+        with counter:
+            vae.encode(torch.zeros(1, 3, 512, 512))
+    assert counter.get_total_flops() / 1e12 == pytest.approx(1.12, rel=0.02)
 
 
 def test_work_counts_every_network_call(medium):

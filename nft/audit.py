@@ -88,7 +88,7 @@ class Audit:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pairs": self.pairs, "first_bias": self.first_bias}
+        return {"pairs": list(self.pairs), "first_bias": list(self.first_bias)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pairs, self.first_bias = state["pairs"], state["first_bias"]

@@ -184,6 +184,11 @@ class TrainRecipe:
     """Gradients are clipped to this norm."""
     ema_decay: float = 0.9
     """Ceiling of the evaluation average's decay."""
+    on_nonfinite: str = "raise"
+    """raise or skip: what happens, on all processes alike, where a reward or a gradient is not finite. Nothing of it is
+    applied; skip goes on with the next optimizer step."""
+    most_skips: int = 3
+    """So many steps in a row may be skipped."""
     optimizer: str = "adamw"
     """adamw, or adamw_8bit: its moments in 8 bits, by bitsandbytes (installed as the extra `8bit`)."""
     gradient_checkpointing: bool = False
@@ -203,6 +208,8 @@ class TrainRecipe:
         at_least("train.weight_decay", self.weight_decay, 0)
         positive("train.max_gradient_norm", self.max_gradient_norm)
         require(0 <= self.ema_decay < 1, "train.ema_decay must be in [0, 1)", self.ema_decay)
+        one_of("train.on_nonfinite", self.on_nonfinite, ("raise", "skip"))
+        at_least("train.most_skips", self.most_skips, 1)
         one_of("train.optimizer", self.optimizer, ("adamw", "adamw_8bit"))
 
 

@@ -29,6 +29,7 @@ class Scorer:
         self.metrics = {name.rpartition(":")[2]: FunctionReward(name) for name in recipe.evaluation.metrics}
         self.folders = {reward.name: reward.value_model for reward in recipe.rewards if reward.kind == "value"}
         self.device = device
+        self.strict = True  # whether a score that is not finite is raised here or left to the caller
 
     def load_values(self, generator: Generator) -> None:
         """Load the value models on the generator's own blocks where they are stitched to those. Raises InputError."""
@@ -37,7 +38,7 @@ class Scorer:
             model.require_fit(generator)
 
     def _total(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name, values in scores.items():
+        for name, values in scores.items() if self.strict else ():
             check_finite(name, values)
         total = sum(self.weights[name] * values.to(self.device) for name, values in scores.items())
         return scores | {"total": torch.as_tensor(total)}

@@ -1,7 +1,7 @@
 """The online loop: roll out, score, update, and look."""
 
-import contextlib
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from accelerate import Accelerator
@@ -20,13 +20,15 @@ from nft.policy import Policy
 from nft.prompts import check_prompts, epoch_prompts
 from nft.rollout import Rollout, roll_on, roll_out, sample, stop_step
 from nft.scoring import Scorer
-from nft.update import chosen_levels, rollout_loss
+from nft.state import Snapshot, capture, finite, restore
+from nft.update import optimizer_step
 from stitchvm_reward.diffusion.generator import PromptEmbeddings
 from stitchvm_reward.diffusion.solvers import sigma_schedule
-from stitchvm_reward.errors import InputError
+from stitchvm_reward.errors import InputError, SharedError
 from stitchvm_reward.runs import checkpoint, randomness
+from stitchvm_reward.runs.agreement import Agreement, Stopped
 from stitchvm_reward.runs.geometry import share
-from stitchvm_reward.runs.run_folder import prepare_run_folder
+from stitchvm_reward.runs.run_folder import hold, prepare_run_folder
 from stitchvm_reward.runs.tracking import Timings, Tracker, before_after, curves
 
 PHASES = ("rollout", "decode", "score", "audit", "train")  # what an epoch's time goes into
@@ -35,8 +37,9 @@ PHASES = ("rollout", "decode", "score", "audit", "train")  # what an epoch's tim
 class Trainer:
     """One run of a recipe on the processes of `accelerator`; `train` runs it to its last epoch."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator):
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, agreement: Agreement | None = None):
         self.recipe, self.accelerator = recipe, accelerator
+        self.agreement = agreement or Agreement(accelerator)
         self.main, self.timings = accelerator.is_main_process, Timings()
         rollout, train = recipe.rollout, recipe.train
         self.geometry = geometry_of(recipe, accelerator.num_processes)
@@ -47,6 +50,7 @@ class Trainer:
             self.embeddings = self._encode(dtype)
         self.generator = load_generator(recipe, accelerator.device)
         self.scorer.load_values(self.generator)
+        self.scorer.strict = train.on_nonfinite == "raise"
         self.audit = Audit(recipe.audit)
         self.sigmas = sigma_schedule(rollout.steps, self.generator.shift)
         self.policy = Policy(
@@ -69,16 +73,17 @@ class Trainer:
         self.scheduler = get_scheduler("constant_with_warmup", self.optimizer.optimizer, num_warmup_steps=train.warmup)
         self.cost = announce(recipe, accelerator.num_processes, tqdm.write) if self.main else {}
         # Nothing is written before everything has loaded: a failed start must not stand in a corrected one's way.
-        self.folder = self._folder()
-        self.epoch, self.step = 0, 0
-        self._resume()
-        self.tracker = Tracker(self.folder, self.epoch) if self.main else None
+        self.folder = Path(recipe.out).expanduser()
+        self.lock = self.agreement.together(self._claim)
+        self.epoch, self.step, self.skipped = 0, 0, 0
+        self.pending: dict[str, float] | None = None  # an epoch's figures while its evaluation has still to come
+        self.before: Snapshot | None = None  # the state to go back to while an epoch is under way
+        self.agreement.together(self._resume)
+        first = self.epoch + (self.pending is None) if self.epoch else 0
+        self.tracker = Tracker(self.folder, first) if self.main else None
 
-    def _folder(self) -> Path:
-        if self.main:
-            prepare_run_folder(self.recipe)
-        self.accelerator.wait_for_everyone()
-        return Path(self.recipe.out).expanduser()
+    def _claim(self) -> TextIO | None:
+        return hold(prepare_run_folder(self.recipe)) if self.main else None
 
     def _encode(self, dtype: torch.dtype) -> PromptEmbeddings:
         """Make sure every prompt's embedding is on disk; each process encodes its share."""
@@ -87,45 +92,73 @@ class Trainer:
         embeddings = PromptEmbeddings(model.path, prompts.cache, model.t5_length, dtype, device)
         texts = list(dict.fromkeys([*self.prompts, *self.held_out]))
         own = share(len(texts), self.accelerator.process_index, self.accelerator.num_processes)
-        embeddings.ensure(texts[own.start : own.stop], progress=lambda items: self._bar(items, "encode prompts"))
-        self.accelerator.wait_for_everyone()
+        bar = self._bar
+        embeddings.ensure(
+            texts[own.start : own.stop], progress=lambda items: self.agreement.meet(bar(items, "encode prompts"))
+        )
         return embeddings
 
-    def _bar(self, items, phase: str) -> tqdm:
-        return tqdm(items, desc=phase, leave=False, disable=not self.main, dynamic_ncols=True)
+    def _bar(self, items, phase: str, total: int | None = None) -> tqdm:
+        return tqdm(items, desc=phase, total=total, leave=False, disable=not self.main, dynamic_ncols=True)
 
-    def train(self) -> None:
-        """Run the remaining epochs; every figure of an epoch is one row of metrics.jsonl."""
-        every, last = self.recipe.evaluation.every, self.recipe.epochs
-        if self.epoch == 0:
-            self._log(self.evaluate(0))
-        while self.epoch < last:
-            rollouts = self.collect(self.epoch)
-            metrics = self.cost | self.judge(rollouts) | self.check_values(self.epoch, rollouts)
+    def train(self) -> bool:
+        """Run the remaining epochs; every figure of an epoch is one row of metrics.jsonl.
+
+        Returns whether it came to the last one. A signal to any process ends it early, with a checkpoint.
+        """
+        try:
+            every, last = self.recipe.evaluation.every, self.recipe.epochs
+            if self.epoch == 0:
+                self._log(self.evaluate(0))
+            while self.pending is not None or self.epoch < last:
+                if self.pending is None:
+                    self.pending = self.run_epoch()
+                if self.epoch == last or (every and self.epoch % every == 0):
+                    self.pending |= self.evaluate(self.epoch)
+                self._log(self.pending)
+                self.pending = None
+                if self.epoch == last or self.epoch % self.recipe.checkpoint.every == 0:
+                    self._save(capture(self))
+        except Stopped:
+            self._stop()
+            return False
+        self._finish()
+        return True
+
+    def run_epoch(self) -> dict[str, float]:
+        """One round of rollout and update; until its end, `before` is what a run that is stopped goes back to."""
+        self.before = capture(self, copy=self.geometry.updates > 1)
+        rollouts = self.collect(self.epoch)
+        metrics = self.cost | self.judge(rollouts)
+        if "train/skipped" not in metrics:
+            metrics |= self.check_values(self.epoch, rollouts)
             metrics |= self.update(self.epoch, rollouts)
             self.policy.after_epoch(self.recipe.train.old_schedule, self.step)
-            self.epoch += 1
-            if self.epoch == last or (every and self.epoch % every == 0):
-                metrics |= self.evaluate(self.epoch)
-            optimality_now = (
-                torch.cat([r.optimality.cpu() for r in rollouts if r.optimality is not None]) if rollouts else None
-            )
-            self._log(metrics, optimality_now)
-            if self.epoch == last or self.epoch % self.recipe.checkpoint.every == 0:
-                self._save()
-        self._finish()
+        self.epoch += 1
+        self.before = None
+        return metrics
+
+    def _stop(self) -> None:
+        """Save what a signal interrupted: the epoch under way is begun again, its evaluation is still to come."""
+        if self.pending is not None:
+            self.pending |= self.timings.take()
+        snapshot = self.before or capture(self)
+        epoch = snapshot[1]["epoch"]
+        if not (self.folder / "checkpoints" / f"epoch-{epoch:06d}").exists():
+            self.agreement.asked = False
+            self._save(snapshot)
+        if self.main:
+            tqdm.write(f"stopped by a signal after epoch {epoch} of {self.recipe.epochs}; run it again to go on")
 
     def collect(self, epoch: int) -> list[Rollout]:
         """This process's rollouts of an epoch by the old policy, scored."""
         chosen = epoch_prompts(len(self.prompts), self.geometry.groups, self.recipe.seed, epoch)
-        own = self.geometry.own(self.accelerator.process_index)
-        if not own:
-            return []
+        shares = [self.geometry.own(rank) for rank in range(self.accelerator.num_processes)]
+        own = shares[self.accelerator.process_index]
         ours = sorted({chosen[n // self.geometry.group_size] for batch in own for n in self.geometry.members(batch)})
-        table = self.embeddings.conditions([self.prompts[prompt] for prompt in ours])
-        rollouts, total, count = [], 0.0, 0
-        bar = self._bar(own, f"epoch {epoch + 1} rollout")
-        for batch in bar:
+        table = self.embeddings.conditions([self.prompts[prompt] for prompt in ours or [0]])
+
+        def one(batch: int) -> Rollout:
             samples = self.geometry.members(batch)
             prompts = [chosen[n // self.geometry.group_size] for n in samples]
             texts = [self.prompts[prompt] for prompt in prompts]
@@ -145,7 +178,12 @@ class Trainer:
                     self._stops(epoch, samples),
                 )
             rollout.rewards = self._score(rollout, texts)
-            total, count = total + float(rollout.rewards["total"].sum()), count + len(samples)
+            return rollout
+
+        rollouts, total, count = [], 0.0, 0
+        made = self.agreement.rounds(own, one, max(map(len, shares)))
+        for rollout in (bar := self._bar(made, f"epoch {epoch + 1} rollout", len(own))):
+            total, count = total + float(rollout.rewards["total"].sum()), count + len(rollout.samples)
             bar.set_postfix(reward=f"{total / count:.3f}")
             rollouts.append(rollout)
         return rollouts
@@ -181,7 +219,8 @@ class Trainer:
             self.recipe.rollout.solver,
         )
         parts: tuple[list, list] = [], []
-        with self.timings.phase("audit"):
+
+        def roll_all_on() -> None:
             for rollout in rollouts:
                 rows = [place for place, n in enumerate(rollout.samples) if n in chosen]
                 if not rows:
@@ -192,6 +231,9 @@ class Trainer:
                 rewards = self.scorer.score(self.generator.decode(latents), texts)["total"]
                 for part, scores in zip(parts, (rollout.rewards["total"][rows], rewards)):
                     part.append(([rollout.samples[place] for place in rows], scores))
+
+        with self.timings.phase("audit"):
+            self.agreement.together(roll_all_on)
             values, rewards = (self._gather(part, self.geometry.samples)[sorted(chosen)].cpu() for part in parts)
         figures = self.audit.add(values, rewards)
         if (drift := self.audit.drift()) is not None:
@@ -224,11 +266,15 @@ class Trainer:
                 tqdm.write(
                     f"warning: reward {name} is the same for all {count} samples of this epoch: it teaches nothing"
                 )
+        if (told := finite(rewards)) is not None:
+            self.skip(f"{told} in epoch {self.epoch + 1}")
+            return metrics | {"train/skipped": float(self.skipped)}
         groups = self._gather([(r.samples, torch.tensor(r.prompts)) for r in rollouts], count)
         tau = self._gather([(r.samples, r.tau) for r in rollouts], count)
         r = optimality(advantages(rewards["total"], groups, tau, self.recipe.train.per_group_std))
         for rollout in rollouts:
             rollout.optimality = r[rollout.samples]
+        self.optimality_now = r
         metrics["train/collapsed_groups"] = collapsed_groups(rewards["total"], groups)
         metrics["train/optimality_std"] = float(r.std(correction=0))
         return metrics
@@ -241,7 +287,7 @@ class Trainer:
             for update in self._bar(range(self.geometry.updates), f"epoch {epoch + 1} train"):
                 own = self.geometry.own_in(self.accelerator.process_index, update)
                 batches = [by_batch[batch] for batch in own]
-                sums += self._optimizer_step(epoch, update, batches)
+                sums += optimizer_step(self, epoch, update, batches)
         policy, kl, deviation, norm = (sums / self.geometry.updates).tolist()
         return {
             "train/policy_loss": policy,
@@ -251,45 +297,21 @@ class Trainer:
             "train/learning_rate": self.scheduler.get_last_lr()[0],
         }
 
-    def _optimizer_step(self, epoch: int, update: int, batches: list[Rollout]) -> Tensor:
-        """One step over all processes: mean over its samples and levels, gradients reduced once."""
-        levels, rounds = self.recipe.train.levels_per_sample, self.geometry.rounds(update)
-        terms = self.geometry.samples_in(update) * levels
-        sums = torch.zeros(4, device=self.accelerator.device)
-        for index in range(rounds):
-            rollout = batches[index] if index < len(batches) else self._empty()
-            chosen = chosen_levels(self.recipe, rollout, self.sigmas, epoch)
-            for level in range(levels):
-                last = index == rounds - 1 and level == levels - 1
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.network):
-                    loss, parts = rollout_loss(
-                        self.recipe, self.generator, self.network, self.policy, rollout, chosen[:, level], epoch, level
-                    )
-                    # Gradients are averaged over processes; the sum over all samples is wanted.
-                    self.accelerator.backward(loss * self.accelerator.num_processes / terms)
-                sums[:3] += parts
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.train.max_gradient_norm)
-        if not torch.isfinite(norm):
-            raise InputError(
-                f"the gradient is not finite in epoch {epoch + 1}, update {update + 1}: nothing was applied; "
-                "lower train.learning_rate or use model.dtype=float32, and resume"
+    def skip(self, told: str) -> None:
+        """Count a step that is left out, or raise InputError, as the recipe says; all processes come here alike."""
+        train = self.recipe.train
+        self.skipped += 1
+        if train.on_nonfinite == "raise":
+            raise SharedError(
+                f"{told}: nothing was applied; lower train.learning_rate, use model.dtype=float32 or "
+                "train.on_nonfinite=skip, and resume"
             )
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.policy.after_update(self.step, self.recipe.train.ema_decay)
-        reduced = self.accelerator.reduce(sums, "sum") / terms
-        reduced[3] = norm
-        return reduced
-
-    def _empty(self) -> Rollout:
-        """A stand-in of weight zero, so that every process runs the network equally often."""
-        device = self.accelerator.device
-        table, row = self.embeddings.conditions([self.prompts[0]]), torch.zeros(1, dtype=torch.long, device=device)
-        anchor = torch.zeros(1, *self.generator.latent_shape, device=device)
-        zero = torch.zeros(1, device=device)
-        return Rollout([0], [0], table, row, anchor, zero, optimality=zero, weight=0.0)
+        if self.skipped > train.most_skips:
+            raise SharedError(
+                f"{told}: more than {train.most_skips} steps in a row (train.most_skips); nothing was applied"
+            )
+        if self.main:
+            tqdm.write(f"warning: {told}: this step is left out")
 
     @torch.no_grad()
     def images(self, adapter: str | None, indices: list[int]) -> Tensor:
@@ -307,15 +329,21 @@ class Trainer:
         own = share(count, self.accelerator.process_index, self.accelerator.num_processes)
         found: dict[str, list[tuple[list[int], Tensor]]] = {}
         shown = []
+
+        def look(start: int) -> None:
+            indices = list(range(start, min(start + size, own.stop)))
+            images = self.images("ema", indices)
+            for name, values in self.scorer.measure(images, [self.held_out[n] for n in indices]).items():
+                found.setdefault(name, []).append((indices, values))
+            kept = [n for n in indices if n < self.recipe.evaluation.grid]
+            if kept:
+                shown.append((kept, images[: len(kept)]))
+
         with self.timings.phase("evaluate"):
-            for start in self._bar(range(own.start, own.stop, size), f"epoch {epoch} evaluate"):
-                indices = list(range(start, min(start + size, own.stop)))
-                images = self.images("ema", indices)
-                for name, values in self.scorer.measure(images, [self.held_out[n] for n in indices]).items():
-                    found.setdefault(name, []).append((indices, values))
-                kept = [n for n in indices if n < self.recipe.evaluation.grid]
-                if kept:
-                    shown.append((kept, images[: len(kept)]))
+            starts = range(own.start, own.stop, size)
+            most = -(-len(share(count, 0, self.accelerator.num_processes)) // size)
+            for _ in self._bar(self.agreement.rounds(starts, look, most), f"epoch {epoch} evaluate", len(starts)):
+                pass
             metrics = {}
             for name in [*self.scorer.rewards, "total", *self.scorer.metrics]:
                 values = self._gather(found.get(name, []), count)
@@ -328,13 +356,13 @@ class Trainer:
             self.tracker.images(epoch, pictures.float())
         return metrics
 
-    def _log(self, metrics: dict[str, float], optimality_now: Tensor | None = None) -> None:
+    def _log(self, metrics: dict[str, float]) -> None:
         metrics |= self.timings.take()
         seconds = sum(metrics.get(f"seconds/{phase}", 0.0) for phase in PHASES)
         if seconds:
             metrics["images_per_second"] = self.geometry.samples / seconds
         if self.tracker is not None:
-            self.tracker.log(self.epoch, self.step, metrics, optimality_now)
+            self.tracker.log(self.epoch, self.step, metrics, self.optimality_now)
             shown = {k: v for k, v in metrics.items() if k in ("reward/total", "held_out/total", "train/old_deviation")}
             tqdm.write(
                 f"epoch {self.epoch}/{self.recipe.epochs}  "
@@ -342,41 +370,22 @@ class Trainer:
                 + f"  {seconds:.1f} s"
             )
 
-    def _save(self) -> None:
-        if self.main:
-            with self.timings.phase("save"):
-                state = {
-                    "epoch": self.epoch,
-                    "step": self.step,
-                    "old_is_current": self.policy.old_is_current,
-                    "scheduler": self.scheduler.state_dict(),
-                    "audit": self.audit.state_dict(),
-                }
-                tensors = {
-                    "adapters": self.policy.state_dict(),
-                    "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer),
-                }
-                name = f"epoch-{self.epoch:06d}"
-                checkpoint.save(self.folder / "checkpoints", name, tensors, state, self.recipe.checkpoint.keep)
-        self.accelerator.wait_for_everyone()
+    def _save(self, snapshot: Snapshot) -> None:
+        def write() -> None:
+            if self.main:
+                name, keep = f"epoch-{snapshot[1]['epoch']:06d}", self.recipe.checkpoint.keep
+                with self.timings.phase("save"):
+                    checkpoint.save(self.folder / "checkpoints", name, *snapshot, keep)
+
+        self.agreement.together(write)
 
     def _resume(self) -> None:
         warn = tqdm.write if self.main else lambda _: None
         path = checkpoint.choose(self.folder / "checkpoints", self.recipe.checkpoint.resume, warn)
-        if path is None:
-            return
-        tensors, state = checkpoint.load(path)
-        self.policy.load_state_dict(tensors["adapters"])
-        self.policy.old_is_current = state["old_is_current"]
-        checkpoint.load_optimizer(self.optimizer.optimizer, tensors["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.audit.load_state_dict(state["audit"])
-        # A scheduler writes its rate only when it steps; until then the groups would hold a fresh run's.
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
-        self.epoch, self.step = state["epoch"], state["step"]
-        if self.main:
-            tqdm.write(f"resumed from {path}")
+        if path is not None:
+            restore(self, *checkpoint.load(path))
+            if self.main:
+                tqdm.write(f"resumed from {path}")
 
     def _finish(self) -> None:
         """Leave what people look at: the averaged adapter as a LoRA file, pictures before and after, curves."""

@@ -1,4 +1,7 @@
-"""One micro batch's share of an optimizer step."""
+"""One optimizer step over all processes, and a micro batch's share of it."""
+
+import contextlib
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,9 @@ from nft.rollout import Rollout, training_levels
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.diffusion.path import bridge, per_sample
 from stitchvm_reward.runs import randomness
+
+if TYPE_CHECKING:
+    from nft.trainer import Trainer
 
 
 def chosen_levels(recipe: Recipe, rollout: Rollout, sigmas: list[float], epoch: int) -> Tensor:
@@ -68,3 +74,53 @@ def _frozen_velocity(
 ) -> Tensor:
     with policy.using(adapter):
         return generator.velocity(noisy, t, conditions, network)
+
+
+def optimizer_step(trainer: "Trainer", epoch: int, update: int, batches: list[Rollout]) -> Tensor:
+    """One step over all processes: mean over its samples and levels, gradients reduced once."""
+    levels, rounds = trainer.recipe.train.levels_per_sample, trainer.geometry.rounds(update)
+    terms = trainer.geometry.samples_in(update) * levels
+    sums = torch.zeros(4, device=trainer.accelerator.device)
+    for index in range(rounds):
+        trainer.agreement.settle()
+        rollout = batches[index] if index < len(batches) else _empty(trainer)
+        chosen = chosen_levels(trainer.recipe, rollout, trainer.sigmas, epoch)
+        for level in range(levels):
+            last = index == rounds - 1 and level == levels - 1
+            with contextlib.nullcontext() if last else trainer.accelerator.no_sync(trainer.network):
+                loss, parts = rollout_loss(
+                    trainer.recipe,
+                    trainer.generator,
+                    trainer.network,
+                    trainer.policy,
+                    rollout,
+                    chosen[:, level],
+                    epoch,
+                    level,
+                )
+                # Gradients are averaged over processes; the sum over all samples is wanted.
+                trainer.accelerator.backward(loss * trainer.accelerator.num_processes / terms)
+            sums[:3] += parts
+    norm = trainer.accelerator.clip_grad_norm_(trainer.parameters, trainer.recipe.train.max_gradient_norm)
+    if not torch.isfinite(norm):
+        trainer.skip(f"the gradient is not finite in epoch {epoch + 1}, update {update + 1}")
+        trainer.optimizer.zero_grad(set_to_none=True)
+        return torch.zeros_like(sums)
+    trainer.skipped = 0
+    trainer.optimizer.step()
+    trainer.scheduler.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.step += 1
+    trainer.policy.after_update(trainer.step, trainer.recipe.train.ema_decay)
+    reduced = trainer.accelerator.reduce(sums, "sum") / terms
+    reduced[3] = norm
+    return reduced
+
+
+def _empty(trainer: "Trainer") -> Rollout:
+    """A stand-in of weight zero, so that every process runs the network equally often."""
+    device = trainer.accelerator.device
+    table, row = trainer.embeddings.conditions([trainer.prompts[0]]), torch.zeros(1, dtype=torch.long, device=device)
+    anchor = torch.zeros(1, *trainer.generator.latent_shape, device=device)
+    zero = torch.zeros(1, device=device)
+    return Rollout([0], [0], table, row, anchor, zero, optimality=zero, weight=0.0)

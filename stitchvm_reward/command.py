@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from stitchvm_reward.errors import InputError
+from stitchvm_reward.errors import InputError, SharedError
 
 # Prompts are tokenized in short bursts between training; threads forked there only bring warnings.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,5 +30,6 @@ def answer(run: Callable[[], int | None]) -> int:
     try:
         return run() or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2

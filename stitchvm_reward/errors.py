@@ -7,6 +7,10 @@ class InputError(Exception):
     """Bad input, told in one line: the rule, what was given, what to do. Commands print it and exit with 2."""
 
 
+class SharedError(InputError):
+    """A mistake or failure that every process knows of: only the first of them tells it."""
+
+
 def nearest(word: str, known: list[str]) -> str:
     """A hint naming the nearest known word, or listing them when none is near."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)

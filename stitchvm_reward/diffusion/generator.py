@@ -69,7 +69,8 @@ class PromptEmbeddings:
         """Encode the texts that are not on disk yet and return how many those were. Text encoders are freed after."""
         missing = [text for text in dict.fromkeys(texts) if not self.path(text).exists()]
         if not missing:
-            return 0
+            # Other processes may have something to encode, and `progress` may be where they meet.
+            return len(list(progress(range(0))))
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             self.folder, transformer=None, vae=None, dtype=self.dtype, use_safetensors=True, local_files_only=True
         ).to(self.device)

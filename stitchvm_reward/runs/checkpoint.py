@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,12 +34,30 @@ def save(folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], state: 
     """Write `folder/name` from named tensor files and a JSON state, then drop all but the newest `keep`.
 
     Everything is staged and synced beside it, the manifest of hashes written last, and the folder renamed: a
-    crash at any moment leaves the earlier checkpoints whole and no half of this one under its name.
+    crash at any moment leaves the earlier checkpoints whole and no half of this one under its name. Raises InputError
+    where it cannot be written, such as on a full disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     staged = folder / f".{name}.staged"
+    try:
+        _stage(staged, tensors, state)
+        final = folder / name
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(staged, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise InputError(
+            f"cannot write checkpoint {name} into {folder}: {' '.join(str(error).split())}; the one before it is "
+            "whole: make room and run again"
+        ) from None
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _stage(staged: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
+    staged.mkdir(parents=True)
     for stem, content in tensors.items():
         flat = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
         save_file(flat, staged / f"{stem}.safetensors")
@@ -50,13 +69,6 @@ def save(folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], state: 
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=2))
     _sync(staged / MANIFEST)
     _sync(staged)
-    final = folder / name
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(staged, final)
-    _sync(folder)
-    for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def complete(folder: Path) -> list[Path]:

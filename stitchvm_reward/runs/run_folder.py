@@ -1,10 +1,12 @@
 """The run folder: made, checked for another run, and never overwritten."""
 
+import fcntl
 import os
+import platform
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -60,6 +62,26 @@ def check_run_folder(recipe: Any) -> Path:
     except OSError as error:
         raise InputError(f"cannot write the run folder {folder}: {error.strerror or error}") from None
     return folder
+
+
+def hold(folder: Path) -> TextIO:
+    """Claim a run folder for this process until it ends or the file that is returned is closed.
+
+    The system lets go of the claim with the process, however it ends. Raises InputError where another one has it.
+    """
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise InputError(
+            f"another run is writing {folder} ({file.read().strip() or 'its name is not known'}): let it end, or give "
+            "another out=FOLDER"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def prepare_run_folder(recipe: Any) -> Path:

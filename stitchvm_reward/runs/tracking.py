@@ -46,15 +46,15 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 class Tracker:
-    """Writes one row of metrics per epoch, on the main process. Rows from `epoch` on are dropped when resuming."""
+    """Writes one row of metrics per epoch, on the main process; of an earlier start, those before `first` are kept."""
 
-    def __init__(self, folder: Path, epoch: int):
+    def __init__(self, folder: Path, first: int):
         self.folder = folder
-        kept = [row for row in read_metrics(folder) if row["epoch"] <= epoch] if epoch > 0 else []
+        kept = [row for row in read_metrics(folder) if row["epoch"] < first]
         staged = folder / "metrics.jsonl.staged"
         staged.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(staged, folder / "metrics.jsonl")
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1 if epoch else None)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
 
     def log(self, epoch: int, step: int, metrics: dict[str, float], optimality: Tensor | None = None) -> None:
         """Add the row of an epoch."""

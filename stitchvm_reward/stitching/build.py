@@ -264,7 +264,7 @@ def build(recipe: StitchRecipe, accelerator: Accelerator, only_search: bool = Fa
     if path is not None:
         distiller.resume(path)
         warn(f"resumed from {path}")
-    tracker = Tracker(folder, distiller.epoch) if builder.main else None
+    tracker = Tracker(folder, distiller.epoch + 1 if distiller.epoch else 0) if builder.main else None
     if tracker is not None:
         tracker.figure("search", folder / "search.png")
     distiller.train(tracker, folder)

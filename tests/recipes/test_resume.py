@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from nft.state import capture
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint
 from stitchvm_reward.runs.tracking import Tracker
@@ -94,7 +95,7 @@ def test_saving_right_after_loading_gives_the_same_checkpoint(half, make_trainer
     before = digests(half, 3)
     trainer = make_trainer(half, f"epochs={EPOCHS}", *SETTINGS)
     assert (trainer.epoch, trainer.step) == (3, 6)
-    trainer._save()
+    trainer._save(capture(trainer))
     assert digests(half, 3) == before
 
 

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import nft.trainer
 from nft.config import load_recipe
 from stitchvm_reward.errors import InputError
 
@@ -141,7 +142,7 @@ def test_old_is_frozen_within_an_epoch_and_current_differs_from_it_from_the_seco
 ):
     trainer = make_trainer(tmp_path / "run", "epochs=2", "train.updates_per_epoch=2")
     deviations, olds, currents = [], [], []
-    step = trainer._optimizer_step
+    step = nft.trainer.optimizer_step
 
     def watched(*arguments):
         terms = step(*arguments)
@@ -150,7 +151,7 @@ def test_old_is_frozen_within_an_epoch_and_current_differs_from_it_from_the_seco
             seen.append(torch.cat([tensor.detach().flatten() for tensor in trainer.policy.tensors(name).values()]))
         return terms
 
-    monkeypatch.setattr(trainer, "_optimizer_step", watched)
+    monkeypatch.setattr(nft.trainer, "optimizer_step", watched)
     trainer.train()
     assert len(deviations) == 4
     assert deviations[0] == 0 and min(deviations[1:]) > 0

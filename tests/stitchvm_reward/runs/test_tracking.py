@@ -27,7 +27,7 @@ def row(epoch, reward):
 
 def test_resuming_drops_the_rows_that_will_be_written_again(tmp_path):
     write(tmp_path, [row(0, 1.0), row(1, 2.0), row(2, 3.0)])
-    tracker = Tracker(tmp_path, epoch=1)
+    tracker = Tracker(tmp_path, first=2)
     tracker.log(2, 2, {"reward/total": 9.0})
     tracker.close()
     assert [found["epoch"] for found in read_metrics(tmp_path)] == [0, 1, 2]
@@ -36,7 +36,7 @@ def test_resuming_drops_the_rows_that_will_be_written_again(tmp_path):
 
 def test_a_fresh_run_starts_an_empty_record(tmp_path):
     write(tmp_path, [row(0, 1.0)])
-    Tracker(tmp_path, epoch=0).close()
+    Tracker(tmp_path, first=0).close()
     assert read_metrics(tmp_path) == []
 
 

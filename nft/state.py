@@ -1,0 +1,60 @@
+"""Everything of a run that must survive a restart, in one place."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stitchvm_reward.runs import checkpoint
+
+if TYPE_CHECKING:
+    from nft.trainer import Trainer
+
+Snapshot = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
+
+
+def capture(trainer: "Trainer", copy: bool = False) -> Snapshot:
+    """The run's tensor files and JSON state as of now; `copy` keeps them as they are when training goes on.
+
+    All three adapters, Adam's moments, the rate's schedule, counters, the audits, and the figures of an epoch whose
+    evaluation has still to come. Randomness needs nothing: it is addressed by seed, epoch and sample.
+    """
+    state = {
+        "epoch": trainer.epoch,
+        "step": trainer.step,
+        "skipped": trainer.skipped,
+        "old_is_current": trainer.policy.old_is_current,
+        "scheduler": trainer.scheduler.state_dict(),
+        "audit": trainer.audit.state_dict(),
+        "pending": trainer.pending,
+    }
+    tensors = {
+        "adapters": trainer.policy.state_dict(),
+        "optimizer": checkpoint.optimizer_tensors(trainer.optimizer.optimizer),
+    }
+    if copy:
+        tensors = {file: {key: tensor.clone() for key, tensor in part.items()} for file, part in tensors.items()}
+    return tensors, state
+
+
+def restore(trainer: "Trainer", tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Put back what `capture` gave."""
+    trainer.policy.load_state_dict(tensors["adapters"])
+    trainer.policy.old_is_current = state["old_is_current"]
+    checkpoint.load_optimizer(trainer.optimizer.optimizer, tensors["optimizer"])
+    trainer.scheduler.load_state_dict(state["scheduler"])
+    trainer.audit.load_state_dict(state["audit"])
+    # A scheduler writes its rate only when it steps; until then the groups would hold a fresh run's.
+    for group, rate in zip(trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    trainer.epoch, trainer.step = state["epoch"], state["step"]
+    trainer.skipped, trainer.pending = state["skipped"], state["pending"]
+
+
+def finite(values: dict[str, Tensor]) -> str | None:
+    """Which of some values, (count,) each, are not finite, in words; None where all are."""
+    for name, numbers in values.items():
+        bad = int((~torch.isfinite(numbers)).sum())
+        if bad:
+            return f"reward {name} gave {bad} of {len(numbers)} scores that are not finite"
+    return None

@@ -77,6 +77,7 @@ class Trainer:
         self.lock = self.agreement.together(self._claim)
         self.epoch, self.step, self.skipped = 0, 0, 0
         self.pending: dict[str, float] | None = None  # an epoch's figures while its evaluation has still to come
+        self.optimality_now: Tensor | None = None
         self.before: Snapshot | None = None  # the state to go back to while an epoch is under way
         self.agreement.together(self._resume)
         first = self.epoch + (self.pending is None) if self.epoch else 0
@@ -92,9 +93,8 @@ class Trainer:
         embeddings = PromptEmbeddings(model.path, prompts.cache, model.t5_length, dtype, device)
         texts = list(dict.fromkeys([*self.prompts, *self.held_out]))
         own = share(len(texts), self.accelerator.process_index, self.accelerator.num_processes)
-        bar = self._bar
         embeddings.ensure(
-            texts[own.start : own.stop], progress=lambda items: self.agreement.meet(bar(items, "encode prompts"))
+            texts[own.start : own.stop], progress=lambda items: self.agreement.meet(self._bar(items, "encode prompts"))
         )
         return embeddings
 
@@ -302,10 +302,7 @@ class Trainer:
         train = self.recipe.train
         self.skipped += 1
         if train.on_nonfinite == "raise":
-            raise SharedError(
-                f"{told}: nothing was applied; lower train.learning_rate, use model.dtype=float32 or "
-                "train.on_nonfinite=skip, and resume"
-            )
+            raise SharedError(f"{told}: nothing was applied; mend it or set train.on_nonfinite=skip, and resume")
         if self.skipped > train.most_skips:
             raise SharedError(
                 f"{told}: more than {train.most_skips} steps in a row (train.most_skips); nothing was applied"

@@ -103,7 +103,9 @@ def optimizer_step(trainer: "Trainer", epoch: int, update: int, batches: list[Ro
             sums[:3] += parts
     norm = trainer.accelerator.clip_grad_norm_(trainer.parameters, trainer.recipe.train.max_gradient_norm)
     if not torch.isfinite(norm):
-        trainer.skip(f"the gradient is not finite in epoch {epoch + 1}, update {update + 1}")
+        trainer.skip(
+            f"the gradient is not finite in epoch {epoch + 1}, update {update + 1} (a high train.learning_rate?)"
+        )
         trainer.optimizer.zero_grad(set_to_none=True)
         return torch.zeros_like(sums)
     trainer.skipped = 0

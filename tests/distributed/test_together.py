@@ -1,0 +1,96 @@
+"""Two processes stop together: a signal to one of them, or a fault on one, is known to both at the same step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("together.py")
+EPOCHS = 3
+SETTINGS = (
+    f"epochs={EPOCHS}",
+    "rollout.groups=3",  # twelve samples in three micro batches, of which one process has two
+    "evaluation.every=2",
+    "checkpoint.keep=9",
+)
+PHASES = {"rollout": 3, "decode": 2, "score": 2, "train": 2, "evaluate": 2, "save": 1}
+
+
+@pytest.fixture(scope="module")
+def launch(overrides, tmp_path_factory):
+    """launch({name: (settings, more)}) -> (the finished process, folder), all in one start of two processes."""
+
+    def start(runs: list[dict], folder: Path) -> subprocess.CompletedProcess:
+        plan = [
+            {
+                "out": str(folder / run["name"]),
+                "overrides": overrides(folder / run["name"], *SETTINGS, *run["settings"]),
+            }
+            | {key: run[key] for key in ("signal", "fault") if key in run}
+            for run in runs
+        ]
+        (folder / "plan.json").write_text(json.dumps(plan))
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        return subprocess.run(
+            [sys.executable, *launcher, str(WORKER), str(folder / "plan.json")],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def signalled(launch, tmp_path_factory):
+    """The undisturbed run, and for each phase one that was stopped in it and one that goes on from there."""
+    folder = tmp_path_factory.mktemp("signalled")
+    runs = [{"name": "straight", "settings": ()}]
+    for number, (phase, at) in enumerate(PHASES.items()):
+        runs.append({"name": phase, "settings": (), "signal": [number % 2 if phase != "save" else 0, phase, at]})
+    done = launch(runs, folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    stopped = {phase: [path.name for path in (folder / phase / "checkpoints").iterdir()] for phase in PHASES}
+    finished = {phase: [(folder / f"{phase}.finished-{rank}").read_text() for rank in (0, 1)] for phase in PHASES}
+    done = launch([{"name": phase, "settings": ()} for phase in PHASES], folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, stopped, finished
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_bit_for_bit(signalled, digests, rows, phase):
+    folder, stopped, finished = signalled
+    assert finished[phase] == ["False", "False"]
+    assert len(stopped[phase]) >= 1
+    assert digests(folder / phase, EPOCHS) == digests(folder / "straight", EPOCHS)
+    assert rows(folder / phase) == rows(folder / "straight")
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("reward_raises", "ValueError: the reward server is gone"),
+        (
+            "reward_nan",
+            "error: reward aesthetic gave 8 of 12 scores that are not finite in epoch 2: nothing was applied",
+        ),
+        ("gradient_nan", "the gradient is not finite in epoch 2, update 1"),
+    ],
+)
+def test_a_fault_on_one_process_stops_both_with_one_message_and_saves_nothing_more(launch, tmp_path, kind, told):
+    done = launch([{"name": "run", "settings": (), "fault": [1, kind]}], tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count(told) == 1, done.stderr[-4000:]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["epoch-000001"]
+
+
+def test_a_fault_may_be_skipped_on_both_alike(launch, tmp_path, rows):
+    skip = ("train.on_nonfinite=skip", "train.most_skips=2")
+    done = launch([{"name": "run", "settings": skip, "fault": [1, "gradient_nan"]}], tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 1, 1]
+    assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())][-1] == "epoch-000003"

@@ -1,0 +1,84 @@
+"""One process of a test of stopping together: together.py PLAN, a JSON list of runs that are made one after the other.
+
+Each run is {"overrides": [...], "out": FOLDER}, with "signal": [process, phase, time] where that process is to be sent
+SIGTERM as it enters the phase for that time, or "fault": [process, kind] where something goes wrong on that one only:
+reward_raises, reward_nan or gradient_nan. A run leaves in FOLDER.finished-N whether it came to its end.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+import nft.update
+from nft.config import load_recipe
+from nft.trainer import Trainer
+from stitchvm_reward.command import answer
+from stitchvm_reward.runs.agreement import Agreement
+from stitchvm_reward.runs.launcher import make_accelerator
+from stitchvm_reward.runs.tracking import Timings
+
+PHASE, LOSS = Timings.phase, nft.update.rollout_loss
+RECIPE = "recipes/shapes/aesthetic.yaml"
+
+
+def send_signal(phase: str, at: int) -> None:
+    entered = []
+
+    def watched(self, name):
+        entered.append(name)
+        if name == phase and entered.count(phase) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return PHASE(self, name)
+
+    Timings.phase = watched
+
+
+def go_wrong(kind: str, trainer: Trainer) -> None:
+    calls = []
+
+    def fault(function):
+        def faulty(*arguments):
+            calls.append(function)
+            found = function(*arguments)
+            if len(calls) < 4:  # in the second epoch, when there is something to lose
+                return found
+            if kind == "reward_raises":
+                raise ValueError("the reward server is gone")
+            return {name: values * torch.nan for name, values in found.items()}
+
+        return faulty
+
+    def loss(*arguments):
+        calls.append(loss)
+        found, parts = LOSS(*arguments)
+        return (found if len(calls) < 3 else found * torch.nan), parts
+
+    if kind == "gradient_nan":
+        nft.update.rollout_loss = loss
+    else:
+        trainer.scorer.score = fault(trainer.scorer.score)
+
+
+def main(plan: Path) -> int:
+    accelerator = make_accelerator()
+    rank = accelerator.process_index
+    for run in json.loads(plan.read_text()):
+        Timings.phase = PHASE
+        agreement = Agreement(accelerator)
+        agreement.listen()
+        trainer = Trainer(load_recipe(RECIPE, run["overrides"]), accelerator, agreement)
+        if run.get("signal", [None])[0] == rank:
+            send_signal(*run["signal"][1:])
+        if run.get("fault", [None])[0] == rank:
+            go_wrong(run["fault"][1], trainer)
+        Path(f"{run['out']}.finished-{rank}").write_text(str(trainer.train()))
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(answer(lambda: main(Path(sys.argv[1]))))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint
 
 if TYPE_CHECKING:
@@ -38,7 +39,12 @@ def capture(trainer: "Trainer", copy: bool = False) -> Snapshot:
 
 
 def restore(trainer: "Trainer", tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Put back what `capture` gave."""
+    """Put back what `capture` gave. Raises InputError for the state of a version that kept something else."""
+    if odd := sorted(state.keys() ^ capture(trainer)[1].keys()):
+        raise InputError(
+            f"the checkpoint was written by another version of this code (see {', '.join(odd)}): go on with that one, or "
+            "give another out=FOLDER"
+        )
     trainer.policy.load_state_dict(tensors["adapters"])
     trainer.policy.old_is_current = state["old_is_current"]
     checkpoint.load_optimizer(trainer.optimizer.optimizer, tensors["optimizer"])

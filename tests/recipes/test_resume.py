@@ -99,6 +99,15 @@ def test_saving_right_after_loading_gives_the_same_checkpoint(half, make_trainer
     assert digests(half, 3) == before
 
 
+def test_a_checkpoint_of_another_version_is_refused(half, make_trainer):
+    folder = half / "checkpoints/epoch-000003"
+    tensors, state = checkpoint.load(folder)
+    state.pop("pending")
+    checkpoint.save(half / "checkpoints", folder.name, tensors, state, keep=9)
+    with pytest.raises(InputError, match=r"another version of this code \(see pending\)"):
+        make_trainer(half, f"epochs={EPOCHS}", *SETTINGS)
+
+
 def test_running_a_finished_run_again_changes_nothing(half, train, digests, rows):
     before, file = (digests(half, 3), rows(half)), exported(half)
     train(half, "epochs=3", *SETTINGS)

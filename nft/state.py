@@ -42,7 +42,7 @@ def restore(trainer: "Trainer", tensors: dict[str, dict[str, Tensor]], state: di
     """Put back what `capture` gave. Raises InputError for the state of a version that kept something else."""
     if odd := sorted(state.keys() ^ capture(trainer)[1].keys()):
         raise InputError(
-            f"the checkpoint was written by another version of this code (see {', '.join(odd)}): go on with that one, or "
+            f"the checkpoint was written by another version of this code (see {', '.join(odd)}): go on with that, or "
             "give another out=FOLDER"
         )
     trainer.policy.load_state_dict(tensors["adapters"])

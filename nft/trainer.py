@@ -323,7 +323,8 @@ class Trainer:
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Held-out rewards and measures of the averaged policy, over all processes."""
         count, size = len(self.held_out), self.recipe.rollout.micro_batch
-        own = share(count, self.accelerator.process_index, self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        own = share(count, self.accelerator.process_index, processes)
         found: dict[str, list[tuple[list[int], Tensor]]] = {}
         shown = []
 
@@ -338,7 +339,7 @@ class Trainer:
 
         with self.timings.phase("evaluate"):
             starts = range(own.start, own.stop, size)
-            most = -(-len(share(count, 0, self.accelerator.num_processes)) // size)
+            most = -(-max(len(share(count, rank, processes)) for rank in range(processes)) // size)
             for _ in self._bar(self.agreement.rounds(starts, look, most), f"epoch {epoch} evaluate", len(starts)):
                 pass
             metrics = {}

@@ -53,22 +53,23 @@ def train(recipe) -> None:
     hide_loading_bars()
     check_recipe(recipe)
     from nft.trainer import Trainer
-    from stitchvm_reward.runs.agreement import Agreement, Stopped
-    from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
+    from stitchvm_reward.runs.agreement import Agreement, Stopped, watched
+    from stitchvm_reward.runs.launcher import leave, make_accelerator, take_all_cores
 
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(recipe.timeout)
     take_all_cores(accelerator)
     agreement = Agreement(accelerator)
     agreement.listen()
     try:
-        finished = Trainer(recipe, accelerator, agreement).train()
+        with watched(agreement.timings, recipe.timeout, accelerator.process_index):
+            finished = Trainer(recipe, accelerator, agreement).train()
     except Stopped:
         finished = False
         if accelerator.is_main_process:
             print("stopped by a signal before the first epoch; what was encoded is kept, run it again to go on")
     if finished and accelerator.is_main_process:
         print(f"done: {recipe.out}/before_after.png, curves.png, lora.safetensors, metrics.jsonl")
-    accelerator.end_training()
+    leave(accelerator)
 
 
 def main() -> int:

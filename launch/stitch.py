@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     from stitchvm_reward.stitching.config import load_stitch_recipe
 
     recipe = load_stitch_recipe(arguments.recipe, arguments.overrides)
-    from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
+    from stitchvm_reward.runs.launcher import leave, make_accelerator, take_all_cores
     from stitchvm_reward.stitching.build import build
 
     hide_loading_bars()
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder = build(recipe, accelerator, arguments.search)
     if accelerator.is_main_process:
         print(f"done: {folder}")
-    accelerator.end_training()
+    leave(accelerator)
 
 
 def main() -> int:

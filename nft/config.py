@@ -272,6 +272,9 @@ class Recipe:
     """Addresses all randomness, together with epoch and sample index."""
     epochs: int = 100
     """Rounds of rollout and update."""
+    timeout: int = 1800
+    """Seconds without progress after which a run ends with an error that names the phase: a process may be gone and
+    the others wait for it. To be longer than the longest single step, such as loading the model."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     prompts: PromptsRecipe = field(default_factory=PromptsRecipe)
     rewards: list[RewardRecipe] = field(default_factory=list)
@@ -285,6 +288,7 @@ class Recipe:
     def __post_init__(self):
         at_least("seed", self.seed, 0)
         at_least("epochs", self.epochs, 1)
+        at_least("timeout", self.timeout, 1)
         require(bool(self.rewards), "rewards must list at least one reward", self.rewards)
         names = ["total", *(reward.name for reward in self.rewards)]
         names += [metric.rpartition(":")[2] for metric in self.evaluation.metrics]

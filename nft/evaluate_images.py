@@ -20,6 +20,7 @@ from nft.scoring import Scorer
 from stitchvm_reward.diffusion.generator import PromptEmbeddings
 from stitchvm_reward.diffusion.solvers import sigma_schedule
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.rewards import check_finite
 from stitchvm_reward.runs import randomness
 
 CONFIDENCE = 0.95
@@ -100,6 +101,9 @@ def evaluate_images(
             for measure, scores in scorer.measure(generator.decode(latents), texts).items():
                 found[name].setdefault(measure, []).append(scores.double().cpu())
     whole = {name: {key: torch.cat(parts).numpy() for key, parts in found[name].items()} for name in names}
+    for scores_of in whole.values():
+        for name in [*scorer.rewards, "total"]:
+            check_finite(name, torch.from_numpy(scores_of[name]))
     return [compare(key, values, whole.get("tuned", {}).get(key)) for key, values in whole["base"].items()]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from nft.config import Recipe, RewardRecipe
 from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Conditions, Generator
-from stitchvm_reward.rewards import FunctionReward, Reward, check_finite, load_reward
+from stitchvm_reward.rewards import FunctionReward, Reward, load_reward
 from stitchvm_reward.stitching.value_model import load_value_models, read_config, score_all
 
 
@@ -29,7 +29,6 @@ class Scorer:
         self.metrics = {name.rpartition(":")[2]: FunctionReward(name) for name in recipe.evaluation.metrics}
         self.folders = {reward.name: reward.value_model for reward in recipe.rewards if reward.kind == "value"}
         self.device = device
-        self.strict = True  # whether a score that is not finite is raised here or left to the caller
 
     def load_values(self, generator: Generator) -> None:
         """Load the value models on the generator's own blocks where they are stitched to those. Raises InputError."""
@@ -38,14 +37,12 @@ class Scorer:
             model.require_fit(generator)
 
     def _total(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name, values in scores.items() if self.strict else ():
-            check_finite(name, values)
         total = sum(self.weights[name] * values.to(self.device) for name, values in scores.items())
         return scores | {"total": torch.as_tensor(total)}
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """(batch,) float32 per reward on images, and `total`. Raises InputError naming one that is not finite."""
+        """(batch,) float32 per reward on images, and `total`; whether they are finite is for the caller to see."""
         return self._total({name: reward.score(images, prompts) for name, reward in self.rewards.items()})
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from stitchvm_reward.errors import InputError
@@ -55,12 +54,3 @@ def restore(trainer: "Trainer", tensors: dict[str, dict[str, Tensor]], state: di
         group["lr"] = rate
     trainer.epoch, trainer.step = state["epoch"], state["step"]
     trainer.skipped, trainer.pending = state["skipped"], state["pending"]
-
-
-def finite(values: dict[str, Tensor]) -> str | None:
-    """Which of some values, (count,) each, are not finite, in words; None where all are."""
-    for name, numbers in values.items():
-        bad = int((~torch.isfinite(numbers)).sum())
-        if bad:
-            return f"reward {name} gave {bad} of {len(numbers)} scores that are not finite"
-    return None

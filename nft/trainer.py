@@ -1,7 +1,7 @@
 """The online loop: roll out, score, update, and look."""
 
+from itertools import starmap
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from accelerate import Accelerator
@@ -20,16 +20,17 @@ from nft.policy import Policy
 from nft.prompts import check_prompts, epoch_prompts
 from nft.rollout import Rollout, roll_on, roll_out, sample, stop_step
 from nft.scoring import Scorer
-from nft.state import Snapshot, capture, finite, restore
+from nft.state import Snapshot, capture, restore
 from nft.update import optimizer_step
 from stitchvm_reward.diffusion.generator import PromptEmbeddings
 from stitchvm_reward.diffusion.solvers import sigma_schedule
-from stitchvm_reward.errors import InputError, SharedError
+from stitchvm_reward.errors import SharedError
+from stitchvm_reward.rewards import check_finite, not_finite
 from stitchvm_reward.runs import checkpoint, randomness
 from stitchvm_reward.runs.agreement import Agreement, Stopped
 from stitchvm_reward.runs.geometry import share
-from stitchvm_reward.runs.run_folder import hold, prepare_run_folder
-from stitchvm_reward.runs.tracking import Timings, Tracker, before_after, curves
+from stitchvm_reward.runs.run_folder import prepare_run_folder
+from stitchvm_reward.runs.tracking import Tracker, before_after, curves
 
 PHASES = ("rollout", "decode", "score", "audit", "train")  # what an epoch's time goes into
 
@@ -40,7 +41,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, agreement: Agreement | None = None):
         self.recipe, self.accelerator = recipe, accelerator
         self.agreement = agreement or Agreement(accelerator)
-        self.main, self.timings = accelerator.is_main_process, Timings()
+        self.main, self.timings = accelerator.is_main_process, self.agreement.timings
         rollout, train = recipe.rollout, recipe.train
         self.geometry = geometry_of(recipe, accelerator.num_processes)
         self.prompts, self.held_out = check_prompts(recipe)
@@ -50,7 +51,6 @@ class Trainer:
             self.embeddings = self._encode(dtype)
         self.generator = load_generator(recipe, accelerator.device)
         self.scorer.load_values(self.generator)
-        self.scorer.strict = train.on_nonfinite == "raise"
         self.audit = Audit(recipe.audit)
         self.sigmas = sigma_schedule(rollout.steps, self.generator.shift)
         self.policy = Policy(
@@ -74,8 +74,9 @@ class Trainer:
         self.cost = announce(recipe, accelerator.num_processes, tqdm.write) if self.main else {}
         # Nothing is written before everything has loaded: a failed start must not stand in a corrected one's way.
         self.folder = Path(recipe.out).expanduser()
-        self.lock = self.agreement.together(self._claim)
+        self.claim = self.agreement.together(lambda: prepare_run_folder(recipe) if self.main else None)
         self.epoch, self.step, self.skipped = 0, 0, 0
+        self.saved: int | None = None  # the epoch whose checkpoint this process saw written
         self.pending: dict[str, float] | None = None  # an epoch's figures while its evaluation has still to come
         self.optimality_now: Tensor | None = None
         self.before: Snapshot | None = None  # the state to go back to while an epoch is under way
@@ -83,19 +84,18 @@ class Trainer:
         first = self.epoch + (self.pending is None) if self.epoch else 0
         self.tracker = Tracker(self.folder, first) if self.main else None
 
-    def _claim(self) -> TextIO | None:
-        return hold(prepare_run_folder(self.recipe)) if self.main else None
-
     def _encode(self, dtype: torch.dtype) -> PromptEmbeddings:
         """Make sure every prompt's embedding is on disk; each process encodes its share."""
         model, prompts = self.recipe.model, self.recipe.prompts
         device = self.accelerator.device
         embeddings = PromptEmbeddings(model.path, prompts.cache, model.t5_length, dtype, device)
+
+        def rounds(items) -> tqdm:
+            return self._bar(self.agreement.rounds(items), "encode prompts", len(items))
+
         texts = list(dict.fromkeys([*self.prompts, *self.held_out]))
         own = share(len(texts), self.accelerator.process_index, self.accelerator.num_processes)
-        embeddings.ensure(
-            texts[own.start : own.stop], progress=lambda items: self.agreement.meet(self._bar(items, "encode prompts"))
-        )
+        self.agreement.together(lambda: embeddings.ensure(texts[own.start : own.stop], progress=rounds))
         return embeddings
 
     def _bar(self, items, phase: str, total: int | None = None) -> tqdm:
@@ -122,7 +122,7 @@ class Trainer:
         except Stopped:
             self._stop()
             return False
-        self._finish()
+        self.agreement.together(self._finish)
         return True
 
     def run_epoch(self) -> dict[str, float]:
@@ -144,8 +144,7 @@ class Trainer:
             self.pending |= self.timings.take()
         snapshot = self.before or capture(self)
         epoch = snapshot[1]["epoch"]
-        if not (self.folder / "checkpoints" / f"epoch-{epoch:06d}").exists():
-            self.agreement.asked = False
+        if epoch != self.saved:
             self._save(snapshot)
         if self.main:
             tqdm.write(f"stopped by a signal after epoch {epoch} of {self.recipe.epochs}; run it again to go on")
@@ -153,8 +152,7 @@ class Trainer:
     def collect(self, epoch: int) -> list[Rollout]:
         """This process's rollouts of an epoch by the old policy, scored."""
         chosen = epoch_prompts(len(self.prompts), self.geometry.groups, self.recipe.seed, epoch)
-        shares = [self.geometry.own(rank) for rank in range(self.accelerator.num_processes)]
-        own = shares[self.accelerator.process_index]
+        own = self.geometry.own(self.accelerator.process_index)
         ours = sorted({chosen[n // self.geometry.group_size] for batch in own for n in self.geometry.members(batch)})
         table = self.embeddings.conditions([self.prompts[prompt] for prompt in ours or [0]])
 
@@ -181,7 +179,7 @@ class Trainer:
             return rollout
 
         rollouts, total, count = [], 0.0, 0
-        made = self.agreement.rounds(own, one, max(map(len, shares)))
+        made = self.agreement.rounds(own, one)
         for rollout in (bar := self._bar(made, f"epoch {epoch + 1} rollout", len(own))):
             total, count = total + float(rollout.rewards["total"].sum()), count + len(rollout.samples)
             bar.set_postfix(reward=f"{total / count:.3f}")
@@ -209,7 +207,7 @@ class Trainer:
     def check_values(self, epoch: int, rollouts: list[Rollout]) -> dict[str, float]:
         """Roll some stopped samples on to the image and compare their values with the true rewards there.
 
-        Raises InputError when the two have come apart and audit.on_drift says stop.
+        Raises SharedError when the two have come apart and audit.on_drift says stop.
         """
         recipe = self.recipe.audit
         if recipe.every == 0 or epoch % recipe.every:
@@ -235,11 +233,12 @@ class Trainer:
         with self.timings.phase("audit"):
             self.agreement.together(roll_all_on)
             values, rewards = (self._gather(part, self.geometry.samples)[sorted(chosen)].cpu() for part in parts)
+        check_finite("total", rewards)
         figures = self.audit.add(values, rewards)
         if (drift := self.audit.drift()) is not None:
             told = f"audit in epoch {epoch + 1}: {drift}"
             if recipe.on_drift == "stop":
-                raise InputError(f"{told}; the run stops here (audit.on_drift)")
+                raise SharedError(f"{told}; the run stops here (audit.on_drift)")
             if self.main:
                 tqdm.write(f"warning: {told}")
         return figures
@@ -266,7 +265,8 @@ class Trainer:
                 tqdm.write(
                     f"warning: reward {name} is the same for all {count} samples of this epoch: it teaches nothing"
                 )
-        if (told := finite(rewards)) is not None:
+        told = next(filter(None, starmap(not_finite, rewards.items())), None)
+        if told is not None:
             self.skip(f"{told} in epoch {self.epoch + 1}")
             return metrics | {"train/skipped": float(self.skipped)}
         groups = self._gather([(r.samples, torch.tensor(r.prompts)) for r in rollouts], count)
@@ -298,7 +298,7 @@ class Trainer:
         }
 
     def skip(self, told: str) -> None:
-        """Count a step that is left out, or raise InputError, as the recipe says; all processes come here alike."""
+        """Count a step that is left out, or raise SharedError, as the recipe says; all processes come here alike."""
         train = self.recipe.train
         self.skipped += 1
         if train.on_nonfinite == "raise":
@@ -323,8 +323,7 @@ class Trainer:
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Held-out rewards and measures of the averaged policy, over all processes."""
         count, size = len(self.held_out), self.recipe.rollout.micro_batch
-        processes = self.accelerator.num_processes
-        own = share(count, self.accelerator.process_index, processes)
+        own = share(count, self.accelerator.process_index, self.accelerator.num_processes)
         found: dict[str, list[tuple[list[int], Tensor]]] = {}
         shown = []
 
@@ -339,12 +338,13 @@ class Trainer:
 
         with self.timings.phase("evaluate"):
             starts = range(own.start, own.stop, size)
-            most = -(-max(len(share(count, rank, processes)) for rank in range(processes)) // size)
-            for _ in self._bar(self.agreement.rounds(starts, look, most), f"epoch {epoch} evaluate", len(starts)):
+            for _ in self._bar(self.agreement.rounds(starts, look), f"epoch {epoch} evaluate", len(starts)):
                 pass
             metrics = {}
             for name in [*self.scorer.rewards, "total", *self.scorer.metrics]:
                 values = self._gather(found.get(name, []), count)
+                if name not in self.scorer.metrics:
+                    check_finite(name, values)
                 metrics[f"held_out/{name}"] = float(values.mean())
                 metrics[f"held_out/{name}_std"] = float(values.std())
             side = self.generator.resolution
@@ -369,12 +369,14 @@ class Trainer:
             )
 
     def _save(self, snapshot: Snapshot) -> None:
+        folder, name = self.folder / "checkpoints", f"epoch-{snapshot[1]['epoch']:06d}"
+
         def write() -> None:
             if self.main:
-                name, keep = f"epoch-{snapshot[1]['epoch']:06d}", self.recipe.checkpoint.keep
                 with self.timings.phase("save"):
-                    checkpoint.save(self.folder / "checkpoints", name, *snapshot, keep)
+                    checkpoint.save(folder, name, *snapshot, self.recipe.checkpoint.keep)
 
+        self.saved = snapshot[1]["epoch"]
         self.agreement.together(write)
 
     def _resume(self) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stitchvm_reward.errors import InputError
+from stitchvm_reward.errors import InputError, SharedError
 from stitchvm_reward.rewards.aesthetic import AestheticReward
 from stitchvm_reward.rewards.clip import TEXT_KINDS, ClipReward
 
@@ -66,8 +66,13 @@ def load_reward(kind: str, model: str, head: str, function: str, device: torch.d
     raise InputError(f"a reward's kind must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
+def not_finite(name: str, scores: Tensor) -> str | None:
+    """What to say of a reward of whose scores (count,) some are not finite, or None where all are."""
+    bad = int((~scores.isfinite()).sum())
+    return f"reward {name} gave {bad} of {len(scores)} scores that are not finite" if bad else None
+
+
 def check_finite(name: str, scores: Tensor) -> None:
-    """Raise InputError when a reward gave a score that is not finite."""
-    bad = (~scores.isfinite()).sum().item()
-    if bad:
-        raise InputError(f"reward {name} gave {bad} of {len(scores)} scores that are not finite; the run stops here")
+    """Raise SharedError when a reward gave a score that is not finite, on whatever process: `scores` are of all."""
+    if (told := not_finite(name, scores)) is not None:
+        raise SharedError(f"{told}; the run stops here")

@@ -2,7 +2,11 @@
 
 import os
 import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 from typing import TypeVar
@@ -12,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from stitchvm_reward.errors import InputError, SharedError
+from stitchvm_reward.runs.tracking import Timings
 
 Result = TypeVar("Result")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -19,6 +24,33 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 def _nothing() -> None:
     return None
+
+
+@contextmanager
+def watched(timings: Timings, seconds: float, process: int) -> Iterator[None]:
+    """End this process with an error that names the phase when its work has not moved for so many seconds.
+
+    A collective that waits for a process that hangs or is gone may not come back, and not be interrupted either;
+    so a thread watches, and ends the process from there.
+    """
+    done = threading.Event()
+    timings.move()
+
+    def watch() -> None:
+        while not done.wait(min(1.0, seconds / 10)):
+            if time.monotonic() - timings.moved > seconds:
+                told = (
+                    f"process {process} has not moved for {seconds:g} s in phase {timings.current}: another hangs or "
+                    "is gone, or a step takes longer than `timeout` allows; run again to go on from the last checkpoint"
+                )
+                print(f"error: {told}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 class Stopped(Exception):
@@ -29,7 +61,8 @@ class Agreement:
     """What the processes tell each other between two pieces of work that need no communication."""
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.asked = accelerator, False
+        self.accelerator, self.timings = accelerator, Timings()
+        self.asked, self.stopped = False, False
 
     def listen(self) -> None:
         """Take SIGTERM and SIGUSR1 as the wish to stop at the next point; a second one ends the process at once."""
@@ -41,51 +74,46 @@ class Agreement:
             os._exit(128 + number)
         self.asked = True
 
-    def settle(self, error: Exception | None = None) -> None:
-        """Meet all processes here; `error` is what went wrong on this one.
+    def settle(self, error: Exception | None = None, count: int = 0) -> int:
+        """Meet all processes here; `error` is what went wrong on this one. Returns the largest `count` of them.
 
-        Raises Stopped everywhere when any was asked to stop, and where any failed, that error there and SharedError
-        with its message on the others.
+        Raises Stopped everywhere when any was asked to stop, though only once, and where any failed, that error there
+        and SharedError with its message on the others. All meetings are of one kind, so a process that failed meets
+        the others at whichever they come to next.
         """
+        mine = [int(self.asked), int(error is not None), count]
         if self.accelerator.num_processes == 1:
-            asked, failed = int(self.asked), int(error is not None)
+            asked, failed, most = mine
         else:
-            mine = torch.tensor([int(self.asked), int(error is not None)], device=self.accelerator.device)
-            asked, failed = self.accelerator.reduce(mine, "sum").tolist()
+            whole = self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device))
+            asked, failed, most = whole.amax(0).tolist()
+        self.timings.move()
         if failed:
             told = [text for text in gather_object([None if error is None else str(error)]) if text is not None]
             if error is not None and not isinstance(error, InputError):
                 raise error
             raise SharedError(told[0]) from error
-        if asked:
+        if asked and not self.stopped:
+            self.stopped = True
             raise Stopped
+        return most
 
     def together(self, work: Callable[[], Result]) -> Result:
         """What `work` returns, once it is known that no process failed in it or was asked to stop."""
         result, error = None, None
         try:
             result = work()
+        except (SharedError, Stopped):  # raised at a meeting inside `work`: the others know
+            raise
         except Exception as found:  # whatever it is, the others must not wait for this process
             error = found
         self.settle(error)
         return result  # type: ignore[return-value]  # an error has been raised by now
 
-    def rounds(self, own: Iterable, do: Callable, most: int) -> Iterator:
-        """Yield what `do` makes of each of `own`, of which no process has more than `most`, all meeting after each."""
+    def rounds(self, own: Iterable, do: Callable = lambda item: item) -> Iterator:
+        """Yield what `do` makes of each of `own`, however many other processes have, all meeting after each."""
         items = list(own)
-        for index in range(most):
+        for index in range(self.settle(count=len(items))):
             made = self.together(partial(do, items[index]) if index < len(items) else _nothing)
             if index < len(items):
                 yield made
-
-    def meet(self, own: Iterable) -> Iterator:
-        """Yield each of `own`, however many other processes have, all meeting after each until the last is through."""
-        items = list(own)
-        most = len(items)
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(torch.tensor([most], device=self.accelerator.device))
-            most = int(counts.max())
-        for index in range(most):
-            if index < len(items):
-                yield items[index]
-            self.settle()

@@ -1,22 +1,25 @@
 """Processes and devices: what accelerate is asked for, and what it must have understood."""
 
 import os
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from stitchvm_reward.errors import InputError
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(timeout: float = 1800) -> Accelerator:
     """The accelerator of this process, in full precision: recipes choose number formats themselves.
 
-    Raises InputError when accelerate sees another number of processes than the launcher started, which would
-    silently train that many separate policies or one in place of several.
+    A collective fails after `timeout` seconds and a minute: what watches the run speaks first. Raises InputError when
+    accelerate sees another number of processes than the launcher started, which would silently train that many
+    separate policies or one in place of several.
     """
     # Buffers never change here, so sending them around on every forward would be waste.
     options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[options])
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + 60))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[options, group])
     started = int(os.environ.get("WORLD_SIZE", "1"))
     asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", started))
     # `accelerate launch --cpu --num_processes 2` sets an address to meet at and then starts one process.
@@ -28,6 +31,13 @@ def make_accelerator() -> Accelerator:
             "on CPUs run: torchrun --nproc-per-node N launch/nft.py RECIPE"
         )
     return accelerator
+
+
+def leave(accelerator: Accelerator) -> None:
+    """Take leave of the other processes at the end of a run, once nothing else refers to its network."""
+    # A reducer that outlives the process group would be what frees it, and that may wait for ever for a thread.
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def take_all_cores(accelerator: Accelerator) -> None:

@@ -16,7 +16,7 @@ from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.recipe import dump
 
 # What may change between a run and its continuation without changing what the run computes.
-FREE = ("out", "epochs", "checkpoint.", "evaluation.", "prompts.cache", "data.cache")
+FREE = ("out", "epochs", "timeout", "checkpoint.", "evaluation.", "prompts.cache", "data.cache")
 
 
 def arm_of(name: str) -> str:
@@ -64,15 +64,12 @@ def check_run_folder(recipe: Any) -> Path:
     return folder
 
 
-def hold(folder: Path) -> TextIO:
-    """Claim a run folder for this process until it ends or the file that is returned is closed.
-
-    The system lets go of the claim with the process, however it ends. Raises InputError where another one has it.
-    """
+def _claim(folder: Path) -> TextIO:
+    """Take a run folder for this process. The system lets go of it with the process, however that ends."""
     file = (folder / ".lock").open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # the one or the other, as the system likes
         file.seek(0)
         raise InputError(
             f"another run is writing {folder} ({file.read().strip() or 'its name is not known'}): let it end, or give "
@@ -84,13 +81,18 @@ def hold(folder: Path) -> TextIO:
     return file
 
 
-def prepare_run_folder(recipe: Any) -> Path:
-    """Make the run folder and write the resolved recipe into it."""
+def prepare_run_folder(recipe: Any) -> TextIO:
+    """Make the run folder, claim it and write the resolved recipe into it.
+
+    The folder is this process's until it ends or the file that is returned is closed. Raises InputError where another
+    run has it or it cannot be written.
+    """
     folder = check_run_folder(recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        claim = _claim(folder)
         (folder / "recipe.yaml.staged").write_text(dump(recipe))
         os.replace(folder / "recipe.yaml.staged", folder / "recipe.yaml")
     except OSError as error:
         raise InputError(f"cannot write the run folder {folder}: {error.strerror or error}") from None
-    return folder
+    return claim

@@ -15,17 +15,25 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class Timings:
-    """Seconds spent per phase since the last `take`."""
+    """Seconds spent per phase since the last `take`, and which phase was entered last, `current`."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self.current, self.moved = "start", time.monotonic()
+
+    def move(self) -> None:
+        """Note that the work goes on."""
+        self.moved = time.monotonic()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        self.current = name
+        self.move()
         try:
             yield
         finally:
+            self.move()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:

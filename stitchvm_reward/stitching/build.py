@@ -1,5 +1,6 @@
 """From a recipe to a value model: targets, search, finetuning, the folder."""
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -24,6 +25,7 @@ from stitchvm_reward.rewards.aesthetic import load_head
 from stitchvm_reward.rewards.clip import ImageTower, TextTower, require_folder
 from stitchvm_reward.rewards.tail import RewardTail, vision_states
 from stitchvm_reward.runs import checkpoint, randomness
+from stitchvm_reward.runs.agreement import Agreement
 from stitchvm_reward.runs.geometry import share
 from stitchvm_reward.runs.run_folder import check_run_folder, prepare_run_folder
 from stitchvm_reward.runs.tracking import Tracker, curves
@@ -245,10 +247,13 @@ def build(recipe: StitchRecipe, accelerator: Accelerator, only_search: bool = Fa
     """Search, finetune and save; returns the folder of the value model, or of the search alone."""
     check_stitch_recipe(recipe)
     builder = Builder(recipe, accelerator)
+    claim = Agreement(accelerator).together(lambda: prepare_run_folder(recipe) if builder.main else None)
+    with claim or contextlib.nullcontext():
+        return _search_and_finetune(recipe, accelerator, builder, only_search)
+
+
+def _search_and_finetune(recipe: StitchRecipe, accelerator: Accelerator, builder: Builder, only_search: bool) -> Path:
     folder = Path(recipe.out).expanduser()
-    if builder.main:
-        prepare_run_folder(recipe)
-    accelerator.wait_for_everyone()
     probe, found = run_search(builder, folder if builder.main else None)
     asked = recipe.backbone.block, recipe.reward.block
     block, reward_block = found.best(*(None if wanted is None else [wanted] for wanted in asked))

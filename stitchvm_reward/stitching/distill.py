@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from stitchvm_reward.diffusion.generator import Conditions
 from stitchvm_reward.diffusion.path import noised
-from stitchvm_reward.errors import InputError
+from stitchvm_reward.errors import SharedError
 from stitchvm_reward.rewards.aesthetic import AestheticHead
 from stitchvm_reward.runs import checkpoint, randomness
 from stitchvm_reward.runs.geometry import share
@@ -131,7 +131,7 @@ class Distiller:
             total += loss.detach()
         norm = accelerator.clip_grad_norm_(self.network.parameters(), tune.max_gradient_norm)
         if not torch.isfinite(norm):
-            raise InputError(
+            raise SharedError(
                 f"the gradient is not finite at step {self.step + 1}: nothing was applied; "
                 "lower finetune.learning_rate and resume"
             )

@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 import nft.update
 from nft.config import load_recipe
 from nft.trainer import Trainer
 from stitchvm_reward.command import answer
 from stitchvm_reward.runs.agreement import Agreement
-from stitchvm_reward.runs.launcher import make_accelerator
+from stitchvm_reward.runs.launcher import leave, make_accelerator
 from stitchvm_reward.runs.tracking import Timings
 
 PHASE, LOSS = Timings.phase, nft.update.rollout_loss
@@ -63,20 +64,24 @@ def go_wrong(kind: str, trainer: Trainer) -> None:
         trainer.scorer.score = fault(trainer.scorer.score)
 
 
+def train(run: dict, accelerator: Accelerator) -> bool:
+    Timings.phase = PHASE
+    agreement, rank = Agreement(accelerator), accelerator.process_index
+    agreement.listen()
+    trainer = Trainer(load_recipe(RECIPE, run["overrides"]), accelerator, agreement)
+    if run.get("signal", [None])[0] == rank:
+        send_signal(*run["signal"][1:])
+    if run.get("fault", [None])[0] == rank:
+        go_wrong(run["fault"][1], trainer)
+    return trainer.train()
+
+
 def main(plan: Path) -> int:
     accelerator = make_accelerator()
-    rank = accelerator.process_index
     for run in json.loads(plan.read_text()):
-        Timings.phase = PHASE
-        agreement = Agreement(accelerator)
-        agreement.listen()
-        trainer = Trainer(load_recipe(RECIPE, run["overrides"]), accelerator, agreement)
-        if run.get("signal", [None])[0] == rank:
-            send_signal(*run["signal"][1:])
-        if run.get("fault", [None])[0] == rank:
-            go_wrong(run["fault"][1], trainer)
-        Path(f"{run['out']}.finished-{rank}").write_text(str(trainer.train()))
-    accelerator.end_training()
+        finished = train(run, accelerator)
+        Path(f"{run['out']}.finished-{accelerator.process_index}").write_text(str(finished))
+    leave(accelerator)
     return 0
 
 

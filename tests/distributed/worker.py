@@ -11,13 +11,26 @@ import json
 import sys
 from pathlib import Path
 
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from nft.config import load_recipe
 from nft.trainer import Trainer
-from stitchvm_reward.runs.launcher import make_accelerator
+from stitchvm_reward.runs.launcher import leave, make_accelerator
 from stitchvm_reward.stitching.build import build
 from stitchvm_reward.stitching.config import load_stitch_recipe
+
+
+def train(run: dict, accelerator: Accelerator) -> None:
+    trainer = Trainer(load_recipe(run["recipe"], run["overrides"]), accelerator)
+    collected = {}
+    for rollout in trainer.collect(0):
+        for place, sample in enumerate(rollout.samples):
+            collected[f"anchor.{sample}"] = rollout.anchor[place].clone()
+            collected[f"reward.{sample}"] = rollout.rewards["total"][place].clone()
+    save_file(collected, Path(run["out"]) / f"rank-{accelerator.process_index}.safetensors")
+    with contextlib.nullcontext() if run["reduced"] else trainer.network.no_sync():
+        trainer.train()
 
 
 def main(plan: Path) -> None:
@@ -25,17 +38,9 @@ def main(plan: Path) -> None:
     for run in json.loads(plan.read_text()):
         if "stitch" in run["recipe"]:
             build(load_stitch_recipe(run["recipe"], run["overrides"]), accelerator)
-            continue
-        trainer = Trainer(load_recipe(run["recipe"], run["overrides"]), accelerator)
-        collected = {}
-        for rollout in trainer.collect(0):
-            for place, sample in enumerate(rollout.samples):
-                collected[f"anchor.{sample}"] = rollout.anchor[place].clone()
-                collected[f"reward.{sample}"] = rollout.rewards["total"][place].clone()
-        save_file(collected, Path(run["out"]) / f"rank-{accelerator.process_index}.safetensors")
-        with contextlib.nullcontext() if run["reduced"] else trainer.network.no_sync():
-            trainer.train()
-    accelerator.end_training()
+        else:
+            train(run, accelerator)
+    leave(accelerator)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from diffusers import StableDiffusion3Pipeline
 
 from nft.config import load_recipe
 from nft.trainer import Trainer
@@ -91,7 +92,13 @@ def test_a_signal_in_any_phase_leaves_one_checkpoint_that_goes_on_as_if_nothing_
 def test_a_signal_while_prompts_are_encoded_ends_the_run_before_it_begins(
     overrides, restored_handlers, monkeypatch, tmp_path
 ):
-    signalled(monkeypatch, "encode", signal.SIGTERM, 1)
+    encode = StableDiffusion3Pipeline.encode_prompt
+
+    def signalled_encode(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", signalled_encode)
     with pytest.raises(Stopped):
         run(overrides, tmp_path / "run", (*SETTINGS, f"prompts.cache={tmp_path}/cache"))
     assert not (tmp_path / "run").exists() and any((tmp_path / "cache").rglob("*.safetensors"))
@@ -127,12 +134,12 @@ def test_the_command_ends_with_0_on_the_first_signal_and_at_once_on_the_second(o
 
 def test_two_runs_cannot_write_one_folder(overrides, make_trainer, tmp_path):
     trainer = make_trainer(tmp_path / "run", *SETTINGS)
-    assert trainer.lock is not None
+    assert trainer.claim is not None
     command = [sys.executable, "launch/nft.py", RECIPE, *overrides(tmp_path / "run", *SETTINGS)]
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 2
     assert f"another run is writing {tmp_path / 'run'} (process {os.getpid()} on" in second.stderr
-    trainer.lock.close()
+    trainer.claim.close()
     assert subprocess.run(command, capture_output=True, text=True).returncode == 0
 
 

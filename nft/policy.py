@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -34,6 +35,13 @@ def old_decay(schedule: int, step: int) -> float:
 def ema_decay(step: int, ceiling: float) -> float:
     """Decay of the evaluation average after optimizer step `step`, counted from 1."""
     return min((1 + step) / (10 + step), ceiling)
+
+
+def own_part(whole: Tensor, parameter: Any) -> Tensor:
+    """This process's part of what ZeRO-3 holds sharded like `parameter`, padded as it is."""
+    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+    padded = F.pad(whole.flatten(), (0, size * torch.distributed.get_world_size() - whole.numel()))
+    return padded[rank * size : (rank + 1) * size]
 
 
 class Policy:
@@ -74,6 +82,20 @@ class Policy:
             found[f"{name}.lora_B"] = layer.lora_B[adapter].weight
         return found
 
+    def _held(self, adapter: str) -> list[Tensor]:
+        """What this process holds of the adapter's matrices: all, or its part under ZeRO-3, alike for all adapters."""
+        return [getattr(matrix, "ds_tensor", matrix) for matrix in self.tensors(adapter).values()]
+
+    def whole(self, adapter: str) -> dict[str, Tensor]:
+        """The adapter's matrices by layer name; where they are sharded, gathered by all processes together."""
+        matrices = self.tensors(adapter)
+        if not hasattr(next(iter(matrices.values())), "ds_tensor"):
+            return {key: matrix.detach() for key, matrix in matrices.items()}
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(matrices.values())):
+            return {key: matrix.detach().clone() for key, matrix in matrices.items()}
+
     def scaling(self) -> dict[str, float]:
         """What each layer multiplies B A with."""
         return {name: layer.scaling["current"] for name, layer in self.layers.items()}
@@ -99,7 +121,13 @@ class Policy:
         self.copy("current", "old")
         self.copy("current", "ema")
 
+    @property
+    def active(self) -> str | None:
+        """The adapter that the network runs with now."""
+        return self._active
+
     def _activate(self, adapter: str | None) -> None:
+        self._active = adapter
         # Setting the layers' own state leaves requires_grad alone, which set_adapter does not.
         for layer in self.layers.values():
             layer._disable_adapters = adapter is None
@@ -117,14 +145,12 @@ class Policy:
     @torch.no_grad()
     def blend(self, target: str, decay: float) -> None:
         """target <- decay target + (1 - decay) current."""
-        ours: list[Tensor] = list(self.tensors(target).values())
-        current: list[Tensor] = list(self.tensors("current").values())
-        torch._foreach_lerp_(ours, current, 1 - decay)
+        torch._foreach_lerp_(self._held(target), self._held("current"), 1 - decay)
 
     @torch.no_grad()
     def copy(self, source: str, target: str) -> None:
         """target <- source, bit for bit."""
-        torch._foreach_copy_(list(self.tensors(target).values()), list(self.tensors(source).values()))
+        torch._foreach_copy_(self._held(target), self._held(source))
 
     def after_update(self, step: int, ceiling: float) -> None:
         """Note that `current` moved in optimizer step `step`, counted from 1, and let the average follow."""
@@ -142,13 +168,17 @@ class Policy:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All adapters' matrices under ADAPTER/LAYER.lora_X."""
-        return {f"{name}/{key}": t.detach() for name in ADAPTERS for key, t in self.tensors(name).items()}
+        return {f"{name}/{key}": matrix for name in ADAPTERS for key, matrix in self.whole(name).items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put all adapters' matrices back. Raises InputError when names or shapes differ."""
-        own = self.state_dict()
-        if own.keys() != state.keys() or any(own[key].shape != state[key].shape for key in own):
+        own: dict[str, Any] = {f"{name}/{key}": m for name in ADAPTERS for key, m in self.tensors(name).items()}
+        shapes = {key: getattr(matrix, "ds_shape", matrix.shape) for key, matrix in own.items()}
+        if shapes != {key: tensor.shape for key, tensor in state.items()}:
             raise InputError("the checkpoint's adapters are of another rank, other layers or another model")
-        for key, tensor in own.items():
-            tensor.copy_(state[key])
+        for key, matrix in own.items():
+            if hasattr(matrix, "ds_tensor"):
+                matrix.ds_tensor.copy_(own_part(state[key].to(matrix.ds_tensor), matrix))
+            else:
+                matrix.copy_(state[key])

@@ -30,9 +30,11 @@ class Scorer:
         self.folders = {reward.name: reward.value_model for reward in recipe.rewards if reward.kind == "value"}
         self.device = device
 
-    def load_values(self, generator: Generator) -> None:
-        """Load the value models on the generator's own blocks where they are stitched to those. Raises InputError."""
-        self.values = load_value_models(self.folders, self.device, BackboneHead(generator.transformer))
+    def load_values(self, generator: Generator, shared: bool = True) -> None:
+        """Load the value models; where they are stitched to the generator's own blocks and these may be `shared`, on
+        those. Raises InputError."""
+        head = BackboneHead(generator.transformer) if shared else None
+        self.values = load_value_models(self.folders, self.device, head)
         for model in self.values.values():
             model.require_fit(generator)
 

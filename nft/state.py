@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.runs import checkpoint
 
 if TYPE_CHECKING:
     from nft.trainer import Trainer
@@ -14,12 +13,19 @@ Snapshot = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 
 
 def capture(trainer: "Trainer", copy: bool = False) -> Snapshot:
-    """The run's tensor files and JSON state as of now; `copy` keeps them as they are when training goes on.
+    """The run's tensor files and JSON state as of now, by all processes together; `copy` keeps them so when it goes on.
 
     All three adapters, Adam's moments, the rate's schedule, counters, the audits, and the figures of an epoch whose
     evaluation has still to come. Randomness needs nothing: it is addressed by seed, epoch and sample.
     """
-    state = {
+    tensors = {"adapters": trainer.policy.state_dict(), "optimizer": trainer.backend.optimizer_tensors()}
+    if copy:
+        tensors = {file: {key: tensor.clone() for key, tensor in part.items()} for file, part in tensors.items()}
+    return tensors, _counters(trainer)
+
+
+def _counters(trainer: "Trainer") -> dict[str, Any]:
+    return {
         "epoch": trainer.epoch,
         "step": trainer.step,
         "skipped": trainer.skipped,
@@ -28,29 +34,22 @@ def capture(trainer: "Trainer", copy: bool = False) -> Snapshot:
         "audit": trainer.audit.state_dict(),
         "pending": trainer.pending,
     }
-    tensors = {
-        "adapters": trainer.policy.state_dict(),
-        "optimizer": checkpoint.optimizer_tensors(trainer.optimizer.optimizer),
-    }
-    if copy:
-        tensors = {file: {key: tensor.clone() for key, tensor in part.items()} for file, part in tensors.items()}
-    return tensors, state
 
 
 def restore(trainer: "Trainer", tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """Put back what `capture` gave. Raises InputError for the state of a version that kept something else."""
-    if odd := sorted(state.keys() ^ capture(trainer)[1].keys()):
+    if odd := sorted(state.keys() ^ _counters(trainer).keys()):
         raise InputError(
             f"the checkpoint was written by another version of this code (see {', '.join(odd)}): go on with that, or "
             "give another out=FOLDER"
         )
     trainer.policy.load_state_dict(tensors["adapters"])
     trainer.policy.old_is_current = state["old_is_current"]
-    checkpoint.load_optimizer(trainer.optimizer.optimizer, tensors["optimizer"])
+    trainer.backend.load(tensors["optimizer"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.audit.load_state_dict(state["audit"])
     # A scheduler writes its rate only when it steps; until then the groups would hold a fresh run's.
-    for group, rate in zip(trainer.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
+    for group, rate in zip(trainer.backend.optimizer.param_groups, trainer.scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     trainer.epoch, trainer.step = state["epoch"], state["step"]
     trainer.skipped, trainer.pending = state["skipped"], state["pending"]

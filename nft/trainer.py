@@ -11,10 +11,12 @@ from tqdm import tqdm
 
 from nft.advantage import advantages, collapsed_groups, optimality
 from nft.audit import Audit, audited
+from nft.backend import Backend, zero_stage
 from nft.config import Recipe
 from nft.geometry import geometry_of
+from nft.lockstep import LockStep, idle_inputs
 from nft.lora import lora_header, read_lora, save_lora
-from nft.models import load_generator, make_optimizer
+from nft.models import load_generator
 from nft.plan import announce
 from nft.policy import Policy
 from nft.prompts import check_prompts, epoch_prompts
@@ -50,7 +52,8 @@ class Trainer:
         with self.timings.phase("encode"):
             self.embeddings = self._encode(dtype)
         self.generator = load_generator(recipe, accelerator.device)
-        self.scorer.load_values(self.generator)
+        # Blocks that ZeRO-3 shards cannot be run apart from the rest: value models have their own there.
+        self.scorer.load_values(self.generator, shared=zero_stage(accelerator) < 3)
         self.audit = Audit(recipe.audit)
         self.sigmas = sigma_schedule(rollout.steps, self.generator.shift)
         self.policy = Policy(
@@ -63,14 +66,18 @@ class Trainer:
         )
         if recipe.lora.start:
             self.policy.start_from(read_lora(Path(recipe.lora.start).expanduser()))
-        self.parameters = list(self.policy.tensors("current").values())
         if recipe.model.compile:
             self.generator.compile_blocks()
-        self.network, self.optimizer = accelerator.prepare(
-            self.generator.transformer, make_optimizer(train, self.parameters)
+        self.backend = Backend(
+            accelerator, self.generator.transformer, list(self.policy.tensors("current").values()), train
         )
+        self.network = self.sampler = self.backend.network
+        if self.backend.stage == 3:
+            inputs = idle_inputs(self.generator)
+            self.sampler = LockStep(self.network, self.policy, inputs, accelerator.device)
+            self.agreement.idle = self.sampler.idle
         # The scheduler counts optimizer steps, so it is not prepared: accelerate would step it once a process.
-        self.scheduler = get_scheduler("constant_with_warmup", self.optimizer.optimizer, num_warmup_steps=train.warmup)
+        self.scheduler = get_scheduler("constant_with_warmup", self.backend.optimizer, num_warmup_steps=train.warmup)
         self.cost = announce(recipe, accelerator.num_processes, tqdm.write) if self.main else {}
         # Nothing is written before everything has loaded: a failed start must not stand in a corrected one's way.
         self.folder = Path(recipe.out).expanduser()
@@ -164,7 +171,7 @@ class Trainer:
             with self.timings.phase("rollout"), self.policy.using("old"):
                 rollout = roll_out(
                     self.generator,
-                    self.network,
+                    self.sampler,
                     table,
                     rows,
                     samples,
@@ -224,7 +231,7 @@ class Trainer:
                 if not rows:
                     continue
                 with self.policy.using("old"):
-                    latents = roll_on(self.generator, self.network, rollout, rows, self.sigmas, solver)
+                    latents = roll_on(self.generator, self.sampler, rollout, rows, self.sigmas, solver)
                 texts = [self.prompts[rollout.prompts[place]] for place in rows]
                 rewards = self.scorer.score(self.generator.decode(latents), texts)["total"]
                 for part, scores in zip(parts, (rollout.rewards["total"][rows], rewards)):
@@ -317,7 +324,7 @@ class Trainer:
         noise = randomness.noise(self.generator.latent_shape, self.recipe.seed, randomness.EVALUATION, 0, indices)
         sigmas = sigma_schedule(self.recipe.evaluation.steps, self.generator.shift)
         with self.policy.using(adapter):
-            latents = sample(self.generator, self.network, conditions, noise, sigmas, "euler")
+            latents = sample(self.generator, self.sampler, conditions, noise, sigmas, "euler")
         return self.generator.decode(latents)
 
     def evaluate(self, epoch: int) -> dict[str, float]:
@@ -389,12 +396,13 @@ class Trainer:
 
     def _finish(self) -> None:
         """Leave what people look at: the averaged adapter as a LoRA file, pictures before and after, curves."""
+        averaged = self.policy.whole("ema")
         if self.tracker is None:
             return
         indices = list(range(self.recipe.evaluation.grid))
         before, after = (torch.cat([self.images(a, [n]).cpu() for n in indices]) for a in (None, "ema"))
         before_after(before, after, [self.held_out[n] for n in indices], self.folder / "before_after.png")
         header = lora_header(self.recipe, self.generator.configuration, self.epoch)
-        save_lora(self.folder / "lora.safetensors", self.policy.tensors("ema"), self.policy.scaling(), header)
+        save_lora(self.folder / "lora.safetensors", averaged, self.policy.scaling(), header)
         self.tracker.close()
         curves(self.folder)

@@ -1,6 +1,5 @@
 """One optimizer step over all processes, and a micro batch's share of it."""
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,37 +80,34 @@ def optimizer_step(trainer: "Trainer", epoch: int, update: int, batches: list[Ro
     levels, rounds = trainer.recipe.train.levels_per_sample, trainer.geometry.rounds(update)
     terms = trainer.geometry.samples_in(update) * levels
     sums = torch.zeros(4, device=trainer.accelerator.device)
-    for index in range(rounds):
-        trainer.agreement.settle()
-        rollout = batches[index] if index < len(batches) else _empty(trainer)
-        chosen = chosen_levels(trainer.recipe, rollout, trainer.sigmas, epoch)
-        for level in range(levels):
-            last = index == rounds - 1 and level == levels - 1
-            with contextlib.nullcontext() if last else trainer.accelerator.no_sync(trainer.network):
-                loss, parts = rollout_loss(
-                    trainer.recipe,
-                    trainer.generator,
-                    trainer.network,
-                    trainer.policy,
-                    rollout,
-                    chosen[:, level],
-                    epoch,
-                    level,
-                )
-                # Gradients are averaged over processes; the sum over all samples is wanted.
-                trainer.accelerator.backward(loss * trainer.accelerator.num_processes / terms)
-            sums[:3] += parts
-    norm = trainer.accelerator.clip_grad_norm_(trainer.parameters, trainer.recipe.train.max_gradient_norm)
-    if not torch.isfinite(norm):
+    with trainer.backend.accumulating():
+        for index in range(rounds):
+            trainer.agreement.settle()
+            rollout = batches[index] if index < len(batches) else _empty(trainer)
+            chosen = chosen_levels(trainer.recipe, rollout, trainer.sigmas, epoch)
+            for level in range(levels):
+                with trainer.backend.passing(last=index == rounds - 1 and level == levels - 1):
+                    loss, parts = rollout_loss(
+                        trainer.recipe,
+                        trainer.generator,
+                        trainer.network,
+                        trainer.policy,
+                        rollout,
+                        chosen[:, level],
+                        epoch,
+                        level,
+                    )
+                    # Gradients are averaged over processes; the sum over all samples is wanted.
+                    trainer.backend.backward(loss * trainer.accelerator.num_processes / terms)
+                sums[:3] += parts
+    norm = trainer.backend.step()
+    if norm is None:
         trainer.skip(
             f"the gradient is not finite in epoch {epoch + 1}, update {update + 1} (a high train.learning_rate?)"
         )
-        trainer.optimizer.zero_grad(set_to_none=True)
         return torch.zeros_like(sums)
     trainer.skipped = 0
-    trainer.optimizer.step()
     trainer.scheduler.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
     trainer.step += 1
     trainer.policy.after_update(trainer.step, trainer.recipe.train.ema_decay)
     reduced = trainer.accelerator.reduce(sums, "sum") / terms

@@ -63,6 +63,7 @@ class Agreement:
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.timings = accelerator, Timings()
         self.asked, self.stopped = False, False
+        self.idle: Callable[[], None] = _nothing  # what a process does before a meeting while others still work
 
     def listen(self) -> None:
         """Take SIGTERM and SIGUSR1 as the wish to stop at the next point; a second one ends the process at once."""
@@ -107,6 +108,7 @@ class Agreement:
             raise
         except Exception as found:  # whatever it is, the others must not wait for this process
             error = found
+        self.idle()
         self.settle(error)
         return result  # type: ignore[return-value]  # an error has been raised by now
 

@@ -19,7 +19,11 @@ def make_accelerator(timeout: float = 1800) -> Accelerator:
     # Buffers never change here, so sending them around on every forward would be waste.
     options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + 60))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[options, group])
+    cpu = not torch.cuda.is_available()
+    sharded = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if sharded and cpu:
+        _deepspeed_on_cpu(group)
+    accelerator = Accelerator(cpu=cpu and not sharded, mixed_precision="no", kwargs_handlers=[options, group])
     started = int(os.environ.get("WORLD_SIZE", "1"))
     asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", started))
     # `accelerate launch --cpu --num_processes 2` sets an address to meet at and then starts one process.
@@ -31,6 +35,16 @@ def make_accelerator(timeout: float = 1800) -> Accelerator:
             "on CPUs run: torchrun --nproc-per-node N launch/nft.py RECIPE"
         )
     return accelerator
+
+
+def _deepspeed_on_cpu(group: InitProcessGroupKwargs) -> None:
+    """Have DeepSpeed run on CPUs over gloo alone. Its shared-memory operator would be compiled at first use, and a run
+    killed meanwhile leaves a lock that later ones wait for."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    group.backend = "gloo"
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def leave(accelerator: Accelerator) -> None:

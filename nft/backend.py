@@ -1,0 +1,153 @@
+"""How processes share the training of one network: DDP, or a stage of DeepSpeed's ZeRO, behind the same few calls.
+
+Checkpoints are the same for all of them and for any number of processes: what a backend shards is gathered when it is
+captured and dealt out anew when it is restored.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from nft.config import TrainRecipe
+from nft.models import make_optimizer
+from nft.policy import own_part
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.runs import checkpoint
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """ZeRO's stage, 1 to 3, or 0 for DDP and for one process."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else int(plugin.zero_stage)
+
+
+class Backend:
+    """A network prepared for training `parameters`, its optimizer, and `stage`: ZeRO's, or 0 for DDP and one process.
+
+    `network` is what to call, `optimizer` the torch optimizer that holds the learning rate.
+    """
+
+    def __init__(self, accelerator: Accelerator, module: nn.Module, parameters: list[nn.Parameter], train: TrainRecipe):
+        self.accelerator, self.parameters, self.train = accelerator, parameters, train
+        self.stage = zero_stage(accelerator)
+        if self.stage:
+            _configure(accelerator.state.deepspeed_plugin, train)
+        self.network, wrapped = accelerator.prepare(module, make_optimizer(train, parameters))
+        self.engine: Any = accelerator.deepspeed_engine_wrapped.engine if self.stage else None
+        self.optimizer: torch.optim.Optimizer = self.engine.optimizer.optimizer if self.engine else wrapped.optimizer
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """The passes of one optimizer step: their gradients are reduced once, by the last `backward` or at the end."""
+        if self.engine is None:
+            yield
+        else:
+            with self.engine.coalesce_grad_reduction():
+                yield
+
+    @contextmanager
+    def passing(self, last: bool) -> Iterator[None]:
+        """One forward and backward pass in `accumulating`; `last` of the step."""
+        if self.engine is not None or last:
+            yield
+        else:
+            with self.accelerator.no_sync(self.network):
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss; over processes they are averaged."""
+        if self.engine is None:
+            self.accelerator.backward(loss)
+        else:
+            self.engine.backward(loss)
+
+    def step(self) -> float | None:
+        """Clip, step and clear the gradients. Returns their norm before clipping, or None where it is not finite:
+        then nothing was applied, on any process."""
+        if self.engine is not None:
+            self.engine.step()
+            return None if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.train.max_gradient_norm))
+        finite = norm < float("inf")
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm if finite else None
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Whole moments and step counts of all parameters, as `checkpoint.optimizer_tensors` has them; all processes
+        call this together."""
+        if self.engine is None:
+            return checkpoint.optimizer_tensors(self.optimizer)
+        if not self.optimizer.state:
+            return {}
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        step = torch.tensor(float(next(iter(self.optimizer.state.values()))["step"]))
+        found = {}
+        for index, parameter in enumerate(self.parameters):
+            found[f"{index}.step"] = step.clone()
+            for name in MOMENTS:
+                found[f"{index}.{name}"] = safe_get_full_optimizer_state(parameter, name)
+        return found
+
+    def load(self, flat: dict[str, Tensor]) -> None:
+        """Take up the parameters as they now are, and the optimizer's state that `optimizer_tensors` gave.
+
+        Raises InputError where it is of an optimizer that this backend cannot go on with.
+        """
+        if self.engine is None:
+            checkpoint.load_optimizer(self.optimizer, flat)
+            return
+        if flat and any(f"0.{name}" not in flat for name in (*MOMENTS, "step")):
+            raise InputError("the checkpoint's optimizer state is in 8 bits: go on without DeepSpeed, as it was begun")
+        sharded: Any = self.engine.optimizer
+        sharded.refresh_fp32_params()
+        partitions = (
+            sharded.fp32_partitioned_groups_flat if self.stage == 3 else sharded.single_partition_of_fp32_groups
+        )
+        self.optimizer.state.clear()
+        for partition in partitions if flat else ():
+            # torch's AdamW counts in a tensor, DeepSpeed's own for the CPU in a number.
+            own = isinstance(self.optimizer, torch.optim.AdamW)
+            step: Any = flat["0.step"].float().clone() if own else int(flat["0.step"])
+            zeros = {name: torch.zeros_like(partition, requires_grad=False) for name in MOMENTS}
+            self.optimizer.state[partition] = {"step": step} | zeros
+        if flat:
+            self._deal(flat)
+
+    def _deal(self, flat: dict[str, Tensor]) -> None:
+        """Give each process its part of the moments."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage < 3:
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+        for index, parameter in enumerate(self.parameters):
+            for name in MOMENTS:
+                whole = flat[f"{index}.{name}"].to(self.accelerator.device)
+                if self.stage == 3:
+                    safe_set_local_optimizer_state(parameter, own_part(whole, parameter), name)
+                else:
+                    safe_set_full_optimizer_state(parameter, whole, name)
+
+
+def _configure(plugin: Any, train: TrainRecipe) -> None:
+    """Tell DeepSpeed what the recipe says. Raises InputError for what it cannot do."""
+    if train.optimizer != "adamw":
+        raise InputError(
+            f"train.optimizer={train.optimizer} and DeepSpeed exclude each other: ZeRO shards adamw's moments; set "
+            "train.optimizer=adamw, or launch without DeepSpeed"
+        )
+    config = plugin.deepspeed_config
+    # Batches are cut by the recipe's geometry; DeepSpeed only wants a number to be there.
+    config["train_micro_batch_size_per_gpu"] = 1
+    config["gradient_accumulation_steps"] = 1
+    config["gradient_clipping"] = train.max_gradient_norm
+    # Every sharded parameter has its one place in its shard: nothing to keep in step beside it.
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0

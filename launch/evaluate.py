@@ -11,8 +11,9 @@ from pathlib import Path
 # This file is called as a script of the repository: its root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import answer, hide_loading_bars  # noqa: E402
+from stitchvm_reward.command import answer, available_device, hide_loading_bars  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
+from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -78,12 +79,11 @@ def run_images(arguments: argparse.Namespace) -> None:
     from nft.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    import torch
-
-    from nft.evaluate_images import evaluate_images, save, table
+    from nft.evaluate_images import CONFIDENCE, evaluate_images, table
+    from stitchvm_reward.stitching.benchmark import machine
 
     hide_loading_bars()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = available_device()
     rows = evaluate_images(recipe, arguments.lora, arguments.count, arguments.seed, device)
     print(table(rows))
     if arguments.out is not None:
@@ -93,26 +93,17 @@ def run_images(arguments: argparse.Namespace) -> None:
             "lora": arguments.lora and str(arguments.lora),
             "prompts": arguments.count or recipe.evaluation.samples,
             "seed": recipe.seed if arguments.seed is None else arguments.seed,
-            "device": str(device),
-            "torch": torch.__version__,
+            "confidence": CONFIDENCE,
         }
-        save(arguments.out, rows, **about)
+        write_json(arguments.out, machine(device) | about | {"rows": rows})
 
 
 def run_value(arguments: argparse.Namespace) -> None:
     check(arguments)
-    import torch
-
-    from stitchvm_reward.stitching.evaluate import (
-        Evaluation,
-        Question,
-        cost,
-        draw,
-        quality,
-        report,
-        save,
-        truth_error,
-    )
+    if arguments.out is not None:
+        check_writable(arguments.out.with_suffix(".png"))
+    from stitchvm_reward.stitching.benchmark import machine
+    from stitchvm_reward.stitching.evaluate import Evaluation, Question, cost, draw, quality, report, truth_error
 
     hide_loading_bars()
     question = Question(
@@ -125,18 +116,20 @@ def run_value(arguments: argparse.Namespace) -> None:
         truth_rollouts=arguments.truth_rollouts,
         seed=arguments.seed,
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = available_device()
     evaluation = Evaluation(arguments.folders, arguments.truth, question, device)
     table = quality(evaluation)
     errors = truth_error(evaluation) if arguments.truth_latents else []
     costs = cost(evaluation)
     print(report(table, errors, costs))
     if arguments.out is not None:
-        save(arguments.out, quality=table, errors=errors, costs=costs, device=str(device), torch=torch.__version__)
+        write_json(arguments.out, machine(device) | {"quality": table, "errors": errors, "costs": costs})
         draw(table, arguments.out.with_suffix(".png"))
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.out is not None:
+        check_writable(arguments.out)
     if arguments.command == "images":
         run_images(arguments)
     else:

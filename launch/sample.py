@@ -7,8 +7,9 @@ from pathlib import Path
 # This file is called as a script of the repository: its root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import answer, hide_loading_bars  # noqa: E402
+from stitchvm_reward.command import answer, available_device, hide_loading_bars  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
+from stitchvm_reward.files import check_writable  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -47,6 +48,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--resolution must be a multiple of 16, got {arguments.resolution}")
     if arguments.grid.suffix.lower() != ".png":
         raise InputError(f"--grid must end in .png, got {arguments.grid}")
+    check_writable(arguments.grid)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         one_of("--dtype", arguments.dtype, DTYPES)
     hide_loading_bars()
     prompts = gather_prompts(arguments.prompts)[: arguments.count]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = available_device()
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     sampler = Sampler(arguments.model, arguments.lora, dtype, device, arguments.resolution)
     images = sample_all(sampler, prompts, arguments.batch, arguments.seed, arguments.steps, arguments.guidance)

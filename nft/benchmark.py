@@ -20,14 +20,21 @@ from stitchvm_reward.diffusion.generator import Conditions
 from stitchvm_reward.diffusion.solvers import sigma_schedule
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards.tail import RewardTail
-from stitchvm_reward.stitching.benchmark import pixel_embedding, random_clip, random_generator, randomised, timed
+from stitchvm_reward.stitching.benchmark import (
+    BLOCK,
+    REWARD_BLOCK,
+    pixel_embedding,
+    random_clip,
+    random_generator,
+    randomised,
+    timed,
+)
 from stitchvm_reward.stitching.config import load_stitch_recipe
 from stitchvm_reward.stitching.value_model import ValueNetwork, read_config
 
 # Dense bf16 TFLOP/s of the devices people train on, from their data sheets.
 PEAKS = {"H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0, "3090": 71.0}
 MATRIX = 2048  # side of the product that stands for the peak of a device that is not listed
-BLOCK = 4  # where a recipe names no value model: the cut that the search finds for Stable Diffusion 3.5 Medium
 
 
 def peak_teraflops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -132,7 +139,7 @@ class Bench:
     def _stitched(self, reward: RewardRecipe) -> tuple[str, str, int, int]:
         """Kind and CLIP model of a reward, and the blocks that it is stitched at: its folder's, or its recipe's."""
         if reward.kind != "value":
-            return reward.kind, reward.model, BLOCK, 1
+            return reward.kind, reward.model, BLOCK, REWARD_BLOCK
         folder = Path(reward.value_model).expanduser()
         if folder.is_dir():
             config = read_config(folder)
@@ -142,7 +149,7 @@ class Bench:
         if builder is None:
             raise InputError(f"value model not found: {reward.value_model}, and no recipe in recipes/stitch builds it")
         own = load_stitch_recipe(builder)
-        return own.reward.kind, own.reward.model, own.backbone.block or BLOCK, own.reward.block or 1
+        return own.reward.kind, own.reward.model, own.backbone.block or BLOCK, own.reward.block or REWARD_BLOCK
 
     def scorers(self) -> dict[str, Callable[[], Tensor]]:
         """One call for each CLIP tower's image score and for the stitched score of the same latents."""

@@ -1,6 +1,5 @@
 """Rewards and measures of a base and a tuned model on held-out prompts, paired by prompt and noise."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +122,3 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{f'[{low:+.3f}, {high:+.3f}]':18}{row['improved']:9.1%}{row['worse']:8.1%}"
         )
     return "\n".join(lines)
-
-
-def save(path: Path, rows: list[dict[str, Any]], **about: Any) -> None:
-    """Write the rows as JSON, with what they are about. Raises InputError where the file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(about | {"confidence": CONFIDENCE, "rows": rows}, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None

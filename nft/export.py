@@ -1,11 +1,8 @@
 """A run's adapters as files that people use, each verified on what is read back from disk before it gets its name."""
 
 import math
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from nft.lora import LORA_NAME, attach_lora, lora_header, save_lora
 from nft.trained import Trained
 from stitchvm_reward.diffusion.backbone import read_weights
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import staged
 from stitchvm_reward.hub import locate
 from stitchvm_reward.runs.recipe import DTYPES, one_of
 
@@ -175,25 +173,6 @@ def verify_merged(folder: Path, trained: Trained, dtype: torch.dtype) -> float:
     return deviation.share()
 
 
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `out` in the end, or is removed when anything goes wrong."""
-    near = next(parent for parent in out.absolute().parents if parent.is_dir())
-    staged = near / f".{out.name}.staged"
-    try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
-        yield staged
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(staged, out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
 def check_destination(out: Path, replace: bool) -> None:
     """Raise InputError where `out` is taken, unless by an earlier export that is to be replaced."""
     if out.is_dir() and not any(out.iterdir()):
@@ -202,6 +181,21 @@ def check_destination(out: Path, replace: bool) -> None:
         raise InputError(f"{out} exists and is no export of ours: it is left as it is; give another --out")
     if out.exists() and not replace:
         raise InputError(f"{out} exists; add --replace to write it anew, or give another --out")
+
+
+def _write(folder: Path, trained: Trained, kind: str, dtype: torch.dtype, texts: Texts) -> float:
+    """Write the weights and read them back; returns the deviation of their deltas."""
+    if kind == "merged":
+        write_merged(folder / "transformer", trained, dtype)
+        return verify_merged(folder / "transformer", trained, dtype)
+    if kind == "comfyui":
+        header = lora_header(
+            trained.recipe, trained.config, trained.epoch, trained.date, texts.title, texts.license, texts.author
+        )
+        save_lora(folder / LORA_NAME, trained.matrices, trained.scaling, header, dtype)
+    else:
+        write_peft(folder, trained, dtype)
+    return verify_adapters(folder, trained, dtype, kind)
 
 
 def export(
@@ -217,18 +211,11 @@ def export(
     one_of("--dtype", dtype, DTYPES)
     number = getattr(torch, dtype)
     check_destination(out, replace)
-    with _staged(out) as folder:
-        if kind == "comfyui":
-            header = lora_header(
-                trained.recipe, trained.config, trained.epoch, trained.date, texts.title, texts.license, texts.author
-            )
-            save_lora(folder / LORA_NAME, trained.matrices, trained.scaling, header, number)
-            deviation = verify_adapters(folder, trained, number, kind)
-        elif kind == "peft":
-            write_peft(folder, trained, number)
-            deviation = verify_adapters(folder, trained, number, kind)
-        else:
-            write_merged(folder / "transformer", trained, number)
-            deviation = verify_merged(folder / "transformer", trained, number)
-        write_card(folder, trained, kind, dtype, deviation, texts)
+    try:
+        with staged(out) as folder:
+            folder.mkdir()
+            deviation = _write(folder, trained, kind, number, texts)
+            write_card(folder, trained, kind, dtype, deviation, texts)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from None
     return len(trained.scaling), deviation

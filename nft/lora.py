@@ -1,7 +1,6 @@
 """LoRA files that diffusers and ComfyUI both load: the one writer, and a loader that counts what it attached."""
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from torch import Tensor
 from nft.config import Recipe
 from stitchvm_reward.diffusion.architectures import published_as
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import staged
 
 PREFIX = "transformer."
 LORA_NAME = "stitch_nft_lora.safetensors"
@@ -93,10 +93,8 @@ def save_lora(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write one adapter as a single safetensors file, which is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.staged")
-    staged.write_bytes(save(lora_tensors(matrices, scaling, dtype), metadata=header))
-    os.replace(staged, path)
+    with staged(path) as file:
+        file.write_bytes(save(lora_tensors(matrices, scaling, dtype), metadata=header))
 
 
 def read_header(path: Path) -> dict[str, str]:

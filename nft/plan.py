@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
 from nft.config import Recipe
@@ -17,6 +16,7 @@ from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Conditions
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import is_hub_id
+from stitchvm_reward.stitching.benchmark import flops
 from stitchvm_reward.stitching.value_model import empty_network, read_config
 
 GIB = 2**30
@@ -42,15 +42,8 @@ class Costs:
     blocks: int
 
 
-def _flops(call) -> float:
-    counter = FlopCounterMode(display=False)
-    with counter:
-        call()
-    return float(counter.get_total_flops())
-
-
-def _saved_bytes(call) -> int:
-    """Bytes that autograd keeps for the backward pass of a call, each storage counted once."""
+def _training_costs(call: Callable[[], torch.Tensor]) -> tuple[float, int]:
+    """FLOPs of a call and of its backward pass, and the bytes that autograd keeps between, each storage once."""
     sizes: dict[int, int] = {}
 
     def keep(tensor):
@@ -59,10 +52,13 @@ def _saved_bytes(call) -> int:
         alive.append(storage)
         return tensor
 
+    def both():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            end = call()
+        end.backward()
+
     alive: list = []
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        call()
-    return sum(sizes.values())
+    return flops(both), sum(sizes.values())
 
 
 def _clip_costs(model: str) -> tuple[float | None, int]:
@@ -74,8 +70,8 @@ def _clip_costs(model: str) -> tuple[float | None, int]:
         return None, 0
     clip = CLIPModel(CLIPConfig(**clip_configuration(model)))
     side = clip.config.vision_config.image_size
-    flops = _flops(lambda: clip.get_image_features(pixel_values=torch.zeros(1, 3, side, side)))
-    return flops, 4 * sum(p.numel() for p in clip.parameters())
+    one = flops(lambda: clip.get_image_features(pixel_values=torch.zeros(1, 3, side, side)))
+    return one, 4 * sum(p.numel() for p in clip.parameters())
 
 
 def _value_flops(folder: str, transformer: SD3Transformer2DModel, clip_tokens: int, t5_length: int) -> float | None:
@@ -88,7 +84,7 @@ def _value_flops(folder: str, transformer: SD3Transformer2DModel, clip_tokens: i
     width, pooled = transformer.config.joint_attention_dim, transformer.config.pooled_projection_dim
     null = Conditions(torch.zeros(1, clip_tokens + t5_length, width), torch.zeros(1, pooled))
     latents = torch.zeros(1, *config["latent_shape"])
-    return _flops(lambda: network(head.features(latents, torch.zeros(1), null, [block])[block]))
+    return flops(lambda: network(head.features(latents, torch.zeros(1), null, [block])[block]))
 
 
 def _clip_folders(recipe: Recipe) -> list[str]:
@@ -107,14 +103,15 @@ def costs(recipe: Recipe) -> Costs:
         vae = AutoencoderKL.from_config(vae_config).requires_grad_(False)
         base = sum(p.numel() for p in transformer.parameters())
         with torch.no_grad():
+            judges = _clip_folders(recipe)
+            clips = {model: _clip_costs(model) for model in dict.fromkeys(judges)}
             scores = {
                 reward.name: _value_flops(reward.value_model, transformer, clip_tokens, recipe.model.t5_length)
                 if reward.kind == "value"
-                else _clip_costs(reward.model)[0]
+                else clips[reward.model][0]
                 for reward in recipe.rewards
                 if reward.kind != "function"
             }
-            on_pixels = [_clip_costs(model) for model in _clip_folders(recipe)]
         policy = Policy(transformer, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, recipe.seed)
         policy.network.to("meta")
         side = recipe.model.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
@@ -129,12 +126,11 @@ def costs(recipe: Recipe) -> Costs:
             "timestep": torch.zeros(1),
         }
         with torch.no_grad(), policy.using(None):
-            forward = _flops(lambda: transformer(**inputs))
+            forward = flops(lambda: transformer(**inputs))
         with torch.no_grad():
-            decode = _flops(lambda: vae.decode(latents.float()))
-        training = _flops(lambda: transformer(**inputs).sample.sum().backward())
+            decode = flops(lambda: vae.decode(latents.float()))
+        training, saved = _training_costs(lambda: transformer(**inputs).sample.sum())
         weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
-        saved = _saved_bytes(lambda: transformer(**inputs).sample.sum())
     return Costs(
         base_parameters=base,
         adapted_layers=len(policy.layers),
@@ -143,9 +139,9 @@ def costs(recipe: Recipe) -> Costs:
         forward_flops=forward,
         training_flops=training,
         decode_flops=decode,
-        score_flops=sum(flops or 0.0 for flops in scores.values()),
-        pixel_score_flops=sum(flops or 0.0 for flops, _ in on_pixels),
-        reward_bytes=sum(size for _, size in on_pixels),
+        score_flops=sum(cost or 0.0 for cost in scores.values()),
+        pixel_score_flops=sum(clips[model][0] or 0.0 for model in judges),
+        reward_bytes=sum(clips[model][1] for model in judges),
         score_unknown=[reward.name for reward in recipe.rewards if scores.get(reward.name) is None],
         # Frozen weights are saved by reference for the backward pass; they are counted with the weights.
         saved_bytes=max(0, saved - weights),

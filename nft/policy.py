@@ -102,7 +102,7 @@ class Policy:
 
     @torch.no_grad()
     def start_from(self, tensors: dict[str, Tensor]) -> None:
-        """Begin all adapters at a LoRA file's matrices, B with the scale folded in, as `nft.export.read_lora` gives
+        """Begin all adapters at a LoRA file's matrices, B with the scale folded in, as `nft.lora.read_lora` gives
         them. Raises InputError when they are of other layers or another rank than this policy's."""
         own, scaling = self.tensors("current"), self.scaling()
         odd = sorted(own.keys() ^ tensors.keys())

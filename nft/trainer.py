@@ -402,7 +402,7 @@ class Trainer:
         indices = list(range(self.recipe.evaluation.grid))
         before, after = (torch.cat([self.images(a, [n]).cpu() for n in indices]) for a in (None, "ema"))
         before_after(before, after, [self.held_out[n] for n in indices], self.folder / "before_after.png")
-        header = lora_header(self.recipe, self.generator.configuration, self.epoch)
+        header = lora_header(self.recipe, self.generator.transformer.config, self.epoch)
         save_lora(self.folder / "lora.safetensors", averaged, self.policy.scaling(), header)
         self.tracker.close()
         curves(self.folder)

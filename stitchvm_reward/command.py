@@ -6,14 +6,25 @@ Import this before transformers or diffusers: they read their verbosity when the
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from stitchvm_reward.errors import InputError, SharedError
+
+if TYPE_CHECKING:
+    import torch
 
 # Prompts are tokenized in short bursts between training; threads forked there only bring warnings.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The libraries advise on every import; a user's terminal is for the run.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def available_device() -> "torch.device":
+    """What commands of one process compute on: the GPU where there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def hide_loading_bars() -> None:

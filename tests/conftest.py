@@ -120,6 +120,26 @@ def launched(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
 
 
 @pytest.fixture(scope="session")
+def sampled() -> Callable[..., Any]:
+    """sampled(pipeline, prompts, noise, steps) -> pictures (count, 3, 64, 64) of a miniature pipeline of diffusers."""
+
+    def run(pipeline, prompts: list[str], noise, steps: int):
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline(
+            prompts,
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            height=64,
+            width=64,
+            latents=noise,
+            max_sequence_length=13,
+            output_type="pt",
+        ).images
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def digests() -> Callable[[Path, int], dict[str, str]]:
     """digests(run, epoch) -> the hash of every file of that checkpoint: equal means bit for bit."""
 

@@ -1,7 +1,7 @@
 """Published shapes of the models that are planned for before they are downloaded."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,7 @@ CLIPS: dict[str, dict[str, Any]] = {
     "yuvalkirstain/PickScore_v1": _clip(_VIT_H, _TEXT_H, 1024, 224, "gelu"),
 }
 CLIP_TOKENS = 77
-_CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-}
+_CLIP_L = _TEXT_L | {"projection_dim": 768, "hidden_act": "quick_gelu"}
 _CLIP_G = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -110,20 +103,27 @@ _T5_XXL = {
     "feed_forward_proj": "gated-gelu",
 }
 TEXT_ENCODERS: tuple[dict[str, Any], ...] = (_CLIP_L, _CLIP_G, _T5_XXL)
+# Of the encoders of CLIP L and CLIP G, each with its projection, and of T5 XXL.
 TEXT_PARAMETERS = 123_650_304 + 694_659_840 + 4_762_310_656
 
 
+def _read(folder: Path, parts: Iterable[str]) -> list[dict[str, Any]]:
+    """JSON files of a pipeline's folder. Raises InputError where one is missing or no JSON."""
+    try:
+        return [json.loads((folder / part).read_text()) for part in parts]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is no Stable Diffusion 3 pipeline folder: {error}") from None
+
+
 def configurations(model: str) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Transformer configuration, autoencoder configuration and CLIP text length of a folder or a known hub id."""
+    """Transformer configuration, autoencoder configuration and CLIP text length of a folder or a known hub id.
+
+    Raises InputError for a folder that is no pipeline's, or a hub id whose shape is not known here.
+    """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        try:
-            transformer, vae = (
-                json.loads((folder / part / "config.json").read_text()) for part in ("transformer", "vae")
-            )
-            tokenizer = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{model} is no Stable Diffusion 3 pipeline folder: {error}") from None
+        parts = ("transformer/config.json", "vae/config.json", "tokenizer/tokenizer_config.json")
+        transformer, vae, tokenizer = _read(folder, parts)
         return transformer, vae, int(tokenizer["model_max_length"])
     if model not in TRANSFORMERS:
         raise InputError(f"the shape of {model} is not known here; known: {', '.join(TRANSFORMERS)}, or a local folder")
@@ -144,15 +144,16 @@ def published_as(config: Mapping[str, Any]) -> str | None:
 
 
 def text_configurations(model: str) -> tuple[dict[str, Any], ...]:
-    """Configurations of the two CLIP text encoders and of the T5 encoder, of a folder or a known hub id."""
+    """Configurations of the two CLIP text encoders and of the T5 encoder, of a folder or a known hub id.
+
+    Raises InputError as `configurations` does.
+    """
     folder = Path(model).expanduser()
     if not folder.is_dir():
         configurations(model)  # raises where the shape is not known
         return TEXT_ENCODERS
-    return tuple(
-        json.loads((folder / part / "config.json").read_text())
-        for part in ("text_encoder", "text_encoder_2", "text_encoder_3")
-    )
+    parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    return tuple(_read(folder, (f"{part}/config.json" for part in parts)))
 
 
 def clip_configuration(model: str) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 import gc
 import hashlib
-import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import staged
 from stitchvm_reward.hub import locate
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
@@ -88,18 +87,13 @@ class PromptEmbeddings:
                 max_sequence_length=self.t5_length,
             )
             for text, token, pool in zip(texts_now, tokens.cpu(), pooled.cpu(), strict=True):
-                self._write(self.path(text), {"tokens": token.contiguous(), "pooled": pool.contiguous()})
+                with staged(self.path(text)) as file:
+                    save_file({"tokens": token.contiguous(), "pooled": pool.contiguous()}, file)
         del pipeline, encoder
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return len(missing)
-
-    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, staged)
-        os.replace(staged, path)
 
     def _read(self, text: str) -> dict[str, Tensor]:
         if text not in self._loaded:
@@ -152,7 +146,6 @@ class Generator:
         self.vae = vae.eval().requires_grad_(False)
         self.shift, self.resolution = shift, resolution
         self.device, self.dtype = transformer.device, transformer.dtype
-        self.configuration: dict[str, Any] = dict(transformer.config)
         side = resolution // 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_shape = (transformer.config.in_channels, side, side)
 

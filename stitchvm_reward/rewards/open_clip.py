@@ -10,7 +10,6 @@ open_clip (LAION's, HPSv2), quick_gelu for OpenAI's and for DFN-CLIP.
 import argparse
 import itertools
 import math
-import os
 import re
 import shutil
 import sys
@@ -25,6 +24,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from stitchvm_reward.command import answer
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import staged
 from stitchvm_reward.hub import locate
 from stitchvm_reward.rewards.clip import load_tokenizer
 
@@ -218,18 +218,15 @@ def convert_file(path: Path, out: Path, tokenizer: str, activation: str = "gelu"
     words = load_tokenizer(source)
     config, tensors = convert(read_state(path), activation)
     set_tokens(config, words, tokenizer)
-    staged = out.with_name(f".{out.name}.staged")
     try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        save_file(tensors, staged / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(staged)
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, staged / name)
-        os.replace(staged, out)
+        with staged(out) as folder:
+            folder.mkdir()
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(folder)
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(staged, ignore_errors=True)
         raise InputError(f"cannot write {out}: {str(error).splitlines()[0]}") from None
     return config
 

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import staged
 from stitchvm_reward.runs.recipe import dump
 
 # What may change between a run and its continuation without changing what the run computes.
@@ -91,8 +92,8 @@ def prepare_run_folder(recipe: Any) -> TextIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         claim = _claim(folder)
-        (folder / "recipe.yaml.staged").write_text(dump(recipe))
-        os.replace(folder / "recipe.yaml.staged", folder / "recipe.yaml")
+        with staged(folder / "recipe.yaml") as path:
+            path.write_text(dump(recipe))
     except OSError as error:
         raise InputError(f"cannot write the run folder {folder}: {error.strerror or error}") from None
     return claim

@@ -1,7 +1,6 @@
 """What a run leaves behind to look at: metrics.jsonl, TensorBoard events, picture grids, curves."""
 
 import json
-import os
 import textwrap
 import time
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from stitchvm_reward.files import staged
 
 
 class Timings:
@@ -59,9 +60,8 @@ class Tracker:
     def __init__(self, folder: Path, first: int):
         self.folder = folder
         kept = [row for row in read_metrics(folder) if row["epoch"] < first]
-        staged = folder / "metrics.jsonl.staged"
-        staged.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(staged, folder / "metrics.jsonl")
+        with staged(folder / "metrics.jsonl") as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
 
     def log(self, epoch: int, step: int, metrics: dict[str, float], optimality: Tensor | None = None) -> None:

@@ -1,7 +1,6 @@
 """How good are value models (stitched to blocks or to the raw latent), beside Tweedie's estimate and Monte Carlo."""
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -304,9 +303,3 @@ def draw(table: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
-
-
-def save(path: Path, **parts) -> None:
-    """Write everything that was measured as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(parts, indent=1) + "\n")

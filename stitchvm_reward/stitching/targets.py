@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import staged
 from stitchvm_reward.rewards.clip import ImageTower
 from stitchvm_reward.stitching.images import ImageSet
 
@@ -70,7 +70,6 @@ def compute(
     shards: Iterable[int],
 ) -> None:
     """Write the missing ones of `shards`; each is SHARD images of the set, written whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     for number in shards:
         path = folder / f"shard-{number:06d}.safetensors"
         if path.exists():
@@ -89,9 +88,8 @@ def compute(
         # Half precision holds states and latents to one part in two thousand; embeddings are small and kept whole.
         tensors = {name: t if name == "embedding" else t.half() for name, t in tensors.items()}
         tensors["rows"] = torch.tensor(good, dtype=torch.int64)
-        staged = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, staged, metadata={"broken": json.dumps(broken)})
-        os.replace(staged, path)
+        with staged(path) as file:
+            save_file(tensors, file, metadata={"broken": json.dumps(broken)})
 
 
 def open_targets(folder: Path, images: ImageSet, needed: int) -> Targets:

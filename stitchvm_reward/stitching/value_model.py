@@ -1,8 +1,6 @@
 """The product: a value model of noisy latents, as one folder (Stitched Value Model, arXiv 2605.19804, section 4.1)."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 from stitchvm_reward.diffusion.backbone import BackboneHead, load_backbone
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import staged
 from stitchvm_reward.rewards.aesthetic import AestheticHead
 from stitchvm_reward.rewards.clip import TEXT_KINDS, TextTower, load_clip
 from stitchvm_reward.rewards.tail import RewardTail
@@ -131,18 +130,15 @@ class StitchedValueModel:
 
     def save(self, folder: Path) -> None:
         """Write the folder: model.safetensors and config.json; whole or not at all."""
-        staged = folder.with_name(f".{folder.name}.staged")
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         tensors |= {"null.tokens": self.null.tokens, "null.pooled": self.null.pooled}
         if isinstance(self.readout, AestheticHead):
             tensors |= {f"head.{name}": tensor for name, tensor in self.readout.state_dict().items()}
         dtype = getattr(torch, self.config["dtype"])
-        save_file({n: t.detach().to(dtype).cpu().contiguous() for n, t in tensors.items()}, staged / WEIGHTS)
-        (staged / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(staged, folder)
+        with staged(folder) as new:
+            new.mkdir()
+            save_file({n: t.detach().to(dtype).cpu().contiguous() for n, t in tensors.items()}, new / WEIGHTS)
+            (new / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(

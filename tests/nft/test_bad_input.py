@@ -197,8 +197,8 @@ def as_subprocess(recipe, *overrides, message):
     assert tree(recipe.parent) == before
 
 
-def test_misspelt_override_as_a_command(recipe):
-    as_subprocess(recipe, "rollout.grops=3", message=["unknown recipe key rollout.grops", "'groups'"])
+def test_misspelt_override(refuses):
+    refuses("rollout.grops=3", message=["unknown recipe key rollout.grops", "'groups'"])
 
 
 def test_malformed_prompt_file_as_a_command(recipe, tmp_path):

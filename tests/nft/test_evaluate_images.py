@@ -80,6 +80,7 @@ def test_the_command_prints_a_table_and_writes_the_same_as_json(trained_run, lor
     assert code == 0, error
     found = json.loads((tmp_path / "deeper" / "found.json").read_text())
     assert found["prompts"] == 3 and found["seed"] == 0 and found["confidence"] == 0.95
+    assert {"device", "commit", "torch", "diffusers"} <= found.keys()
     assert found["overrides"] == ["evaluation.steps=1"] and found["lora"] == str(lora)
     assert out.strip() == table(found["rows"])
     lines = out.splitlines()
@@ -99,6 +100,7 @@ def test_without_a_lora_the_table_is_of_the_base(trained_run, launched):
         (("--count", 1), "--count must be at least 2"),
         (("--count", 100_000), "100000 were asked for"),
         (("--seed", -1), "--seed must be 0 or more"),
+        (("--out", "setup.cfg/found.json"), "cannot write setup.cfg/found.json"),
         (("evaluation.stps=1",), "unknown recipe key evaluation.stps"),
         (("model.path=./nowhere",), "model folder not found"),
         (("evaluation.metrics=[miniature.measures:nothing]",), "miniature.measures:nothing"),

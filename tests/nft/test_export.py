@@ -33,24 +33,7 @@ INDICES = [0, 1, 2]
 
 
 def pipeline(**parts):
-    found = StableDiffusion3Pipeline.from_pretrained(MODEL, dtype=torch.float32, local_files_only=True, **parts)
-    found.set_progress_bar_config(disable=True)
-    return found
-
-
-def picture(trainer, sampler, steps=2):
-    """Held-out pictures of a pipeline, from the noise that the trainer's own have."""
-    noise = randomness.noise((16, 8, 8), trainer.recipe.seed, randomness.EVALUATION, 0, INDICES)
-    return sampler(
-        [trainer.held_out[n] for n in INDICES],
-        num_inference_steps=steps,
-        guidance_scale=1.0,
-        height=64,
-        width=64,
-        latents=noise,
-        max_sequence_length=13,
-        output_type="pt",
-    ).images
+    return StableDiffusion3Pipeline.from_pretrained(MODEL, dtype=torch.float32, local_files_only=True, **parts)
 
 
 def adapted(network):
@@ -79,28 +62,39 @@ def trained(trained_run):
 
 
 @pytest.fixture(scope="module")
-def base_pictures(trained_run):
-    return picture(trained_run[0], pipeline())
+def picture(trained_run, sampled):
+    """picture(pipeline) -> held-out pictures of it, from the noise that the trainer's own have."""
+    trainer, _ = trained_run
+    prompts = [trainer.held_out[n] for n in INDICES]
+    noise = randomness.noise((16, 8, 8), trainer.recipe.seed, randomness.EVALUATION, 0, INDICES)
+    return lambda pipeline: sampled(pipeline, prompts, noise, 2)
+
+
+@pytest.fixture(scope="module")
+def base_pictures(picture):
+    return picture(pipeline())
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_images_of_an_export_are_those_of_the_trained_policy(kind, trained_run, trained, base_pictures, tmp_path):
+def test_images_of_an_export_are_those_of_the_trained_policy(
+    kind, trained_run, trained, picture, base_pictures, tmp_path
+):
     trainer, _ = trained_run
     layers, deviation = export(trained, kind, None, tmp_path / "out", Texts())
     assert layers == LAYERS and deviation < 1e-5
     sampler = load(kind, tmp_path / "out")
     assert len(adapted(sampler.transformer)) == (0 if kind == "merged" else LAYERS)
-    found, expected = picture(trainer, sampler), trainer.images("ema", INDICES)
+    found, expected = picture(sampler), trainer.images("ema", INDICES)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert float((found - base_pictures).abs().max()) > 0.05, "an export that did nothing would pass otherwise"
 
 
-def test_the_current_weights_are_others_than_the_averaged_ones(trained_run, trained, tmp_path):
+def test_the_current_weights_are_others_than_the_averaged_ones(trained_run, trained, picture, tmp_path):
     trainer, folder = trained_run
     current = read_trained(folder, "current")
     assert any(not torch.equal(current.matrices[key], trained.matrices[key]) for key in trained.matrices)
     export(current, "comfyui", None, tmp_path / "out", Texts())
-    found = picture(trainer, load("comfyui", tmp_path / "out"))
+    found = picture(load("comfyui", tmp_path / "out"))
     torch.testing.assert_close(found, trainer.images("current", INDICES), atol=1e-4, rtol=0)
     assert float((found - trainer.images("ema", INDICES)).abs().max()) > 1e-3
 

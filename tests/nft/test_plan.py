@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+import nft.plan
 from nft.config import load_recipe
 from nft.geometry import geometry_of
 from nft.plan import _clip_costs, cost_lines, costs, work, work_lines
@@ -45,17 +46,21 @@ def test_costs_of_one_sample_are_those_worked_out_by_hand(medium, field, teraflo
     assert getattr(found, field) / 1e12 == pytest.approx(teraflop, rel=0.02)
 
 
-def test_attn2_adds_layers_only_to_the_first_blocks():
-    first = load_recipe("recipes/aesthetic_published.yaml")
-    targets = [*first.lora.targets, *(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))]
-    recipe = load_recipe("recipes/aesthetic_published.yaml", [f"lora.targets=[{','.join(targets)}]"])
-    found = costs(recipe)
-    assert found.adapted_layers == 191 + 4 * 13 == 243
-    assert found.adapter_parameters == 18_776_064 + 4 * 13 * 2 * 32 * 1536
+@pytest.fixture(scope="module")
+def larger(medium):
+    """Larger pictures, and adapters on more layers, which a forward pass without adapters does not feel."""
+    targets = [*medium[0].lora.targets, *(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))]
+    overrides = [f"lora.targets=[{','.join(targets)}]", "model.resolution=1024"]
+    return costs(load_recipe("recipes/aesthetic_published.yaml", overrides))
 
 
-def test_1024_pixels_cost_what_was_worked_out_by_hand():
-    found = costs(load_recipe("recipes/aesthetic_published.yaml", ["model.resolution=1024"]))
+def test_attn2_adds_layers_only_to_the_first_blocks(larger):
+    assert larger.adapted_layers == 191 + 4 * 13 == 243
+    assert larger.adapter_parameters == 18_776_064 + 4 * 13 * 2 * 32 * 1536
+
+
+def test_1024_pixels_cost_what_was_worked_out_by_hand(larger):
+    found = larger
     assert found.forward_flops / 1e12 == pytest.approx(11.25, rel=0.02)
     assert found.decode_flops / 1e12 == pytest.approx(10.5, rel=0.02)
 
@@ -67,6 +72,18 @@ def test_encoding_an_image_costs_what_was_worked_out_by_hand():
         with counter:
             vae.encode(torch.zeros(1, 3, 512, 512))
     assert counter.get_total_flops() / 1e12 == pytest.approx(1.12, rel=0.02)
+
+
+def test_a_tower_that_several_rewards_share_is_measured_once_and_counted_for_each(monkeypatch):
+    measured, measure = [], nft.plan._clip_costs
+    monkeypatch.setattr(nft.plan, "_clip_costs", lambda model: measured.append(model) or measure(model))
+    one = costs(load_recipe("recipes/shapes/clip.yaml"))
+    model = load_recipe("recipes/shapes/clip.yaml").rewards[0].model
+    both = f"rewards=[{{kind: clip, model: {model}}}, {{kind: hpsv2, model: {model}}}]"
+    two = costs(load_recipe("recipes/shapes/clip.yaml", [both]))
+    assert measured == [model] * 2
+    assert two.pixel_score_flops == 2 * one.pixel_score_flops and two.score_flops == 2 * one.score_flops
+    assert two.reward_bytes == 2 * one.reward_bytes
 
 
 def test_work_counts_every_network_call(medium):

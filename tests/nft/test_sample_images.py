@@ -111,6 +111,7 @@ def test_a_prompt_is_text_unless_it_ends_like_a_prompt_file(tmp_path):
         (("--resolution", 50), "--resolution must be a multiple of 16, got 50"),
         (("--dtype", "int8"), "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
         (("--grid", "grid.bmp"), "--grid must end in .png"),
+        (("--grid", "setup.cfg/grid.png"), "cannot write setup.cfg/grid.png"),
         (("--prompts", " "), "empty prompt"),
         (("--lora", "nowhere.safetensors"), "LoRA file not found: nowhere.safetensors"),
     ],

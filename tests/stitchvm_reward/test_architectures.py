@@ -1,12 +1,13 @@
 """Published shapes of the reward towers, on the meta device."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from stitchvm_reward.diffusion.architectures import CLIPS, clip_configuration
+from stitchvm_reward.diffusion.architectures import CLIPS, clip_configuration, configurations, text_configurations
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.stitching.config import load_stitch_recipe
 
@@ -67,3 +68,15 @@ def test_a_folders_own_configuration_is_read(tmp_path):
             clip_configuration(str(tmp_path))
     with pytest.raises(InputError, match="the shape of somebody/clip is not known here"):
         clip_configuration("somebody/clip")
+
+
+def test_a_folder_that_lacks_a_part_is_told(tmp_path):
+    shutil.copytree("miniature/weights/sd3", tmp_path / "sd3", ignore=shutil.ignore_patterns("*.safetensors"))
+    first, second, third = text_configurations(str(tmp_path / "sd3"))
+    assert first["projection_dim"] + second["projection_dim"] == 256 and third["d_model"] == 192
+    for part, read in (("text_encoder_3", text_configurations), ("vae", configurations)):
+        config = tmp_path / "sd3" / part / "config.json"
+        for spoil in (lambda config: config.write_text("{"), lambda config: config.unlink()):
+            spoil(config)
+            with pytest.raises(InputError, match="is no Stable Diffusion 3 pipeline folder"):
+                read(str(tmp_path / "sd3"))

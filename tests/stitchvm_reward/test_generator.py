@@ -40,7 +40,7 @@ def test_text_encoders_are_gone_after_encoding(tmp_path):
     assert sum(isinstance(thing, T5EncoderModel) for thing in gc.get_objects()) == before
 
 
-def test_sampling_agrees_with_the_diffusers_pipeline(tmp_path):
+def test_sampling_agrees_with_the_diffusers_pipeline(sampled, tmp_path):
     ours = embeddings(tmp_path)
     ours.ensure(PROMPTS[:2])
     conditions = ours.conditions(PROMPTS[:2])
@@ -53,18 +53,7 @@ def test_sampling_agrees_with_the_diffusers_pipeline(tmp_path):
 
     images = generator.decode(solve(velocity, noise, sigma_schedule(6), "euler"))
     pipeline = StableDiffusion3Pipeline.from_pretrained(MODEL, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    expected = pipeline(
-        PROMPTS[:2],
-        num_inference_steps=6,
-        guidance_scale=1.0,
-        height=64,
-        width=64,
-        latents=noise,
-        max_sequence_length=13,
-        output_type="pt",
-    ).images
-    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(images, sampled(pipeline, PROMPTS[:2], noise, 6), atol=1e-4, rtol=0)
 
 
 def test_timesteps_are_not_rounded():

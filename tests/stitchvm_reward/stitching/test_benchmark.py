@@ -1,8 +1,6 @@
 """The benchmark of one score: what it counts, and what it refuses. No time is asserted."""
 
 import json
-import subprocess
-import sys
 
 import torch
 from torch import nn
@@ -32,16 +30,19 @@ def test_weights_are_drawn_and_positions_kept():
     assert made.positions.tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_the_command_writes_what_it_printed_and_refuses_in_one_line(tmp_path):
-    def benchmark(*arguments):
-        command = [sys.executable, "launch/benchmark.py", RECIPE, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    done = benchmark("--batch", 1, "--repeats", 1, "--out", tmp_path / "found.json")
-    assert done.returncode == 0, done.stderr
-    assert "x cheaper in time" in done.stdout
-    found = json.loads((tmp_path / "found.json").read_text())
+def test_the_command_writes_what_it_printed_and_refuses_in_one_line(launched, tmp_path):
+    code, out, error = launched(
+        "benchmark", RECIPE, "--batch", 1, "--repeats", 1, "--out", tmp_path / "deeper" / "found.json"
+    )
+    assert code == 0, error
+    assert "x cheaper in time" in out
+    found = json.loads((tmp_path / "deeper" / "found.json").read_text())
     assert found["resolution"] == 64 and [row["method"] for row in found["scores"]] == ["stitched", "tweedie"]
-    for arguments, told in ((("--batch", 0), "--batch must be at least 1"), (("backbone.block=9",), "at most 6")):
-        done = benchmark(*arguments)
-        assert done.returncode == 2 and told in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    (tmp_path / "file").write_text("kept")
+    for arguments, told in (
+        (("--batch", 0), "--batch must be at least 1"),
+        (("backbone.block=9",), "at most 6"),
+        (("backbone.block=9", "--out", tmp_path / "file" / "found.json"), "cannot write"),
+    ):
+        code, _, error = launched("benchmark", RECIPE, *arguments)
+        assert code == 2 and told in error and len(error.splitlines()) == 1, error

@@ -17,6 +17,7 @@ from stitchvm_reward.stitching.value_model import StitchedValueModel
 
 CPU = torch.device("cpu")
 DEPTH = 3
+CUT = ("backbone.block=1", "reward.block=1")  # spares the search
 ACTIVATIONS = {"clip": "quick_gelu", "dfn_clip": "quick_gelu", "hpsv2": "gelu", "pickscore": "gelu"}
 PROMPTS = ["a red circle on white", "two blue crosses on black"]
 
@@ -93,13 +94,23 @@ def test_a_stitched_gelu_tower_keeps_its_kind_and_activation_in_its_folder(stitc
     assert model.score(torch.randn(2, 16, 8, 8), 0.5, PROMPTS).isfinite().all()
 
 
-def test_kept_targets_are_shared_by_kinds_that_see_the_same_and_by_no_others(stitch, tmp_path):
+@pytest.fixture(scope="module")
+def few_images(image_folder, tmp_path_factory):
+    """What makes a search look at few images."""
+    folder = tmp_path_factory.mktemp("few")
+    for number in range(20):
+        for path in image_folder.glob(f"{number:05d}.*"):
+            shutil.copyfile(path, folder / path.name)
+    return *CUT, "data.held_out=4", "search.probe=12", "search.held_out=4", f"data.images={folder}"
+
+
+def test_kept_targets_are_shared_by_kinds_that_see_the_same_and_by_no_others(stitch, few_images, tmp_path):
     cache = tmp_path / "cache"
 
     def kept(kind, number):
         base = "aesthetic" if kind == "aesthetic" else "clip"
         overrides = () if kind == "aesthetic" else (f"reward.kind={kind}",)
-        stitch(base, tmp_path / f"run{number}", f"data.cache={cache}", *overrides, only_search=True)
+        stitch(base, tmp_path / f"run{number}", f"data.cache={cache}", *few_images, *overrides, only_search=True)
         return {path.name for path in cache.iterdir() if path.is_dir() and any(path.glob("shard-*"))}
 
     first = kept("clip", 0)
@@ -108,14 +119,14 @@ def test_kept_targets_are_shared_by_kinds_that_see_the_same_and_by_no_others(sti
     assert len(squashed) == 2 and len(kept("hpsv2", 4)) == 3
 
 
-def test_kept_targets_of_another_activation_are_not_taken(stitch, folder, tmp_path):
+def test_kept_targets_of_another_activation_are_not_taken(stitch, few_images, folder, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(folder("gelu"), tmp_path / "clip")
     for number, activation in enumerate(("gelu", "quick_gelu")):
         config = json.loads((tmp_path / "clip/config.json").read_text())
         config["vision_config"]["hidden_act"] = activation
         (tmp_path / "clip/config.json").write_text(json.dumps(config))
-        overrides = (f"data.cache={cache}", f"reward.model={tmp_path / 'clip'}")
+        overrides = (*few_images, f"data.cache={cache}", f"reward.model={tmp_path / 'clip'}")
         stitch("clip", tmp_path / f"run{number}", *overrides, only_search=True)
     assert len([path for path in cache.iterdir() if any(path.glob("shard-*"))]) == 2
 

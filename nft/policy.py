@@ -91,7 +91,7 @@ class Policy:
         matrices = self.tensors(adapter)
         if not hasattr(next(iter(matrices.values())), "ds_tensor"):
             return {key: matrix.detach() for key, matrix in matrices.items()}
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters(list(matrices.values())):
             return {key: matrix.detach().clone() for key, matrix in matrices.items()}

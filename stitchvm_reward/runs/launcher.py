@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from stitchvm_reward.errors import InputError
 
@@ -24,6 +25,9 @@ def make_accelerator(timeout: float = 1800) -> Accelerator:
     if sharded and cpu:
         _deepspeed_on_cpu(group)
     accelerator = Accelerator(cpu=cpu and not sharded, mixed_precision="no", kwargs_handlers=[options, group])
+    if sharded:
+        # Otherwise transformers would shard every model that it loads, rewards and text encoders among them.
+        unset_hf_deepspeed_config()
     started = int(os.environ.get("WORLD_SIZE", "1"))
     asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", started))
     # `accelerate launch --cpu --num_processes 2` sets an address to meet at and then starts one process.

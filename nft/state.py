@@ -19,9 +19,12 @@ def capture(trainer: "Trainer", copy: bool = False) -> Snapshot:
     evaluation has still to come. Randomness needs nothing: it is addressed by seed, epoch and sample.
     """
     tensors = {"adapters": trainer.policy.state_dict(), "optimizer": trainer.backend.optimizer_tensors()}
-    if copy:
-        tensors = {file: {key: tensor.clone() for key, tensor in part.items()} for file, part in tensors.items()}
-    return tensors, _counters(trainer)
+    return kept(tensors) if copy else tensors, _counters(trainer)
+
+
+def kept(tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a snapshot as they are now, in the CPU's memory."""
+    return {file: {key: t.detach().to("cpu", copy=True) for key, t in part.items()} for file, part in tensors.items()}
 
 
 def _counters(trainer: "Trainer") -> dict[str, Any]:

@@ -22,7 +22,7 @@ from nft.policy import Policy
 from nft.prompts import check_prompts, epoch_prompts
 from nft.rollout import Rollout, roll_on, roll_out, sample, stop_step
 from nft.scoring import Scorer
-from nft.state import Snapshot, capture, restore
+from nft.state import Snapshot, capture, kept, restore
 from nft.update import optimizer_step
 from stitchvm_reward.diffusion.generator import PromptEmbeddings
 from stitchvm_reward.diffusion.solvers import sigma_schedule
@@ -83,7 +83,8 @@ class Trainer:
         self.folder = Path(recipe.out).expanduser()
         self.claim = self.agreement.together(lambda: prepare_run_folder(recipe) if self.main else None)
         self.epoch, self.step, self.skipped = 0, 0, 0
-        self.saved: int | None = None  # the epoch whose checkpoint this process saw written
+        self.writer = checkpoint.Writer()
+        self.saved: int | None = None  # the epoch whose checkpoint was last given to it
         self.pending: dict[str, float] | None = None  # an epoch's figures while its evaluation has still to come
         self.optimality_now: Tensor | None = None
         self.before: Snapshot | None = None  # the state to go back to while an epoch is under way
@@ -126,10 +127,13 @@ class Trainer:
                 self.pending = None
                 if self.epoch == last or self.epoch % self.recipe.checkpoint.every == 0:
                     self._save(capture(self))
+            self.agreement.together(self.writer.wait)
+            self.agreement.together(self._finish)
         except Stopped:
             self._stop()
             return False
-        self.agreement.together(self._finish)
+        finally:
+            self.writer.wait()
         return True
 
     def run_epoch(self) -> dict[str, float]:
@@ -153,6 +157,7 @@ class Trainer:
         epoch = snapshot[1]["epoch"]
         if epoch != self.saved:
             self._save(snapshot)
+        self.agreement.together(self.writer.wait)
         if self.main:
             tqdm.write(f"stopped by a signal after epoch {epoch} of {self.recipe.epochs}; run it again to go on")
 
@@ -376,14 +381,14 @@ class Trainer:
             )
 
     def _save(self, snapshot: Snapshot) -> None:
-        folder, name = self.folder / "checkpoints", f"epoch-{snapshot[1]['epoch']:06d}"
+        (tensors, state), folder = snapshot, self.folder / "checkpoints"
 
         def write() -> None:
             if self.main:
                 with self.timings.phase("save"):
-                    checkpoint.save(folder, name, *snapshot, self.recipe.checkpoint.keep)
+                    self.writer.submit(folder, state["epoch"], kept(tensors), state, self.recipe.checkpoint)
 
-        self.saved = snapshot[1]["epoch"]
+        self.saved = state["epoch"]
         self.agreement.together(write)
 
     def _resume(self) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import RECIPE, ROOT, TINY, few_prompts
+
 for name, value in {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -18,25 +20,6 @@ for name, value in {
     "DIFFUSERS_VERBOSITY": "error",
 }.items():
     os.environ.setdefault(name, value)
-
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = "recipes/shapes/aesthetic.yaml"
-TINY = (
-    "rollout.groups=2",
-    "rollout.group_size=4",
-    "rollout.micro_batch=4",
-    "rollout.steps=3",
-    "lora.rank=4",
-    "lora.alpha=8",  # a scale of 2: a file or a policy that loses it is off by half
-    "train.levels_per_sample=1",
-    "train.beta_kl=1e-4",  # with a reference and an old policy of its own: every branch runs
-    "train.old_schedule=1",
-    "evaluation.every=0",
-    "evaluation.samples=4",
-    "evaluation.grid=4",
-    "evaluation.steps=2",
-    "checkpoint.every=1",
-)
 
 STITCH = {"aesthetic": "recipes/stitch/shapes_aesthetic.yaml", "clip": "recipes/stitch/shapes_clip.yaml"}
 
@@ -53,10 +36,7 @@ def at_the_root():
 @pytest.fixture(scope="session")
 def overrides(tmp_path_factory) -> Callable[..., list[str]]:
     """overrides(out, "key=value", ...) -> everything that makes the recipe tiny, with embeddings shared by all runs."""
-    folder = tmp_path_factory.mktemp("prompts")
-    lines = (ROOT / "miniature/prompts/train.txt").read_text().splitlines()
-    (folder / "train.txt").write_text("\n".join(lines[:12]) + "\n")
-    prompts = (f"prompts.train={folder}/train.txt", f"prompts.cache={folder}/cache")
+    prompts = few_prompts(tmp_path_factory.mktemp("prompts"))
     return lambda out, *more: [*TINY, *prompts, f"out={out}", *more]
 
 

@@ -4,6 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.runs.recipe import CheckpointRecipe
 
 MANIFEST = "manifest.json"
+AWAY = ".away"
 
 
 def _digest(path: Path) -> str:
@@ -30,29 +35,70 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save(folder: Path, name: str, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/name` from named tensor files and a JSON state, then drop all but the newest `keep`.
+def save(
+    folder: Path, epoch: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], recipe: CheckpointRecipe
+) -> Path:
+    """Write the checkpoint of an epoch from named tensor files and a JSON state, then drop those that need not be kept.
 
     Everything is staged and synced beside it, the manifest of hashes written last, and the folder renamed: a
     crash at any moment leaves the earlier checkpoints whole and no half of this one under its name. Raises InputError
     where it cannot be written, such as on a full disk.
     """
-    staged = folder / f".{name}.staged"
+    name = f"epoch-{epoch:06d}"
+    staged, final = folder / f".{name}.staged", folder / name
     try:
         _stage(staged, tensors, state)
-        final = folder / name
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(staged, final)
-        _sync(folder)
+        with _put_away(final):
+            os.replace(staged, final)
+            _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise InputError(
             f"cannot write checkpoint {name} into {folder}: {' '.join(str(error).split())}; the one before it is "
             "whole: make room and run again"
         ) from None
-    for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
+    for old in complete(folder)[: -recipe.keep]:
+        if not recipe.keep_every or int(old.name[-6:]) % recipe.keep_every:
+            with _put_away(old):
+                pass
     return final
+
+
+@contextmanager
+def _put_away(path: Path) -> Iterator[None]:
+    """Take a checkpoint's name from it, and delete it once what takes its place is there."""
+    away = path.with_name(f".{path.name}{AWAY}")
+    shutil.rmtree(away, ignore_errors=True)
+    if path.exists():
+        os.replace(path, away)
+    yield
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """Give checkpoints their names again that a crash left put away with nothing in their place."""
+    for away in folder.glob(f".epoch-*{AWAY}"):
+        path = folder / away.name[1 : -len(AWAY)]
+        if not path.exists() and damage(away) is None:
+            os.replace(away, path)
+
+
+class Writer:
+    """Writes checkpoints in a thread, one after the other, while the training goes on."""
+
+    def __init__(self):
+        self.thread, self.writing = ThreadPoolExecutor(1), None
+
+    def submit(self, *given: Any) -> None:
+        """`save` in the background what must not change any more. Raises what the one before it raised."""
+        self.wait()
+        self.writing = self.thread.submit(save, *given)
+
+    def wait(self) -> None:
+        """Wait for the last one to be on disk. Raises InputError where it could not be written."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
 
 def _stage(staged: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -100,6 +146,7 @@ def choose(folder: Path, resume: str, warn) -> Path | None:
     """
     if resume == "never":
         return None
+    _put_back(folder)
     found = complete(folder)
     if resume != "auto":
         path = folder / resume

@@ -41,12 +41,15 @@ class CheckpointRecipe:
     """Epochs between checkpoints; the last epoch is always saved."""
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Beside them every checkpoint of an epoch that this divides; 0: none."""
     resume: str = "auto"
     """auto (newest complete one, or a fresh start), never, or the name of a checkpoint in the run folder."""
 
     def __post_init__(self):
         at_least("checkpoint.every", self.every, 1)
         at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.keep_every", self.keep_every, 0)
 
 
 def _known_keys(kind: Any, given: Any, where: str) -> None:

@@ -197,8 +197,7 @@ class Distiller:
                 "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer),
             }
             state = {"epoch": self.epoch, "step": self.step, "scheduler": self.scheduler.state_dict()}
-            name = f"epoch-{self.epoch:06d}"
-            checkpoint.save(folder / "checkpoints", name, tensors, state, self.recipe.checkpoint.keep)
+            checkpoint.save(folder / "checkpoints", self.epoch, tensors, state, self.recipe.checkpoint)
         self.accelerator.wait_for_everyone()
 
     def resume(self, path) -> None:

@@ -96,7 +96,7 @@ def three_uneven(launch):
 
 def collected(run: Path) -> list[dict[str, torch.Tensor]]:
     """What each process collected in the first epoch."""
-    return [load_file(path) for path in sorted(run.glob("rank-*.safetensors"))]
+    return [load_file(path) for path in sorted(run.glob("epoch-0-rank-*.safetensors"))]
 
 
 def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:

@@ -1,7 +1,8 @@
 """One process of a distributed test: worker.py PLAN, a JSON list of runs that are made one after the other.
 
-Each run is {"recipe": ..., "overrides": [...], "out": FOLDER, "reduced": true}. Every process leaves what it
-collected in the first epoch in FOLDER/rank-N.safetensors; the run itself leaves metrics and checkpoints there.
+Each run is {"recipe": ..., "overrides": [...], "out": FOLDER, "reduced": true}. Every process leaves what it collects
+in the epoch that the run begins or goes on with in FOLDER/epoch-E-rank-N.safetensors; the run itself leaves metrics and
+checkpoints there.
 `"reduced": false` is the fault to look out for: gradients stay on the process that computed them. A run under
 recipes/stitch builds a value model.
 """
@@ -24,11 +25,11 @@ from stitchvm_reward.stitching.config import load_stitch_recipe
 def train(run: dict, accelerator: Accelerator) -> None:
     trainer = Trainer(load_recipe(run["recipe"], run["overrides"]), accelerator)
     collected = {}
-    for rollout in trainer.collect(0):
+    for rollout in trainer.collect(trainer.epoch):
         for place, sample in enumerate(rollout.samples):
             collected[f"anchor.{sample}"] = rollout.anchor[place].clone()
             collected[f"reward.{sample}"] = rollout.rewards["total"][place].clone()
-    save_file(collected, Path(run["out"]) / f"rank-{accelerator.process_index}.safetensors")
+    save_file(collected, Path(run["out"]) / f"epoch-{trainer.epoch}-rank-{accelerator.process_index}.safetensors")
     with contextlib.nullcontext() if run["reduced"] else trainer.network.no_sync():
         trainer.train()
 
@@ -40,6 +41,7 @@ def main(plan: Path) -> None:
             build(load_stitch_recipe(run["recipe"], run["overrides"]), accelerator)
         else:
             train(run, accelerator)
+        accelerator.free_memory()  # DeepSpeed has one engine at a time
     leave(accelerator)
 
 

@@ -25,7 +25,7 @@ from nft.policy import ADAPTERS, Policy
 from nft.trained import base_configuration, read_trained
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint, randomness
-from stitchvm_reward.runs.recipe import DTYPES, dump
+from stitchvm_reward.runs.recipe import DTYPES, CheckpointRecipe, dump
 
 MODEL = "miniature/weights/sd3"
 LAYERS = 8 * 6 - 1  # eight projections a block; the last block's text stream has no output projection
@@ -227,7 +227,7 @@ def test_an_export_for_sd35_needs_none_of_its_weights_and_names_its_architecture
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text(dump(recipe))
     state = {"epoch": 10, "step": 10}
-    checkpoint.save(tmp_path / "run" / "checkpoints", "epoch-000010", {"adapters": adapters}, state, 1)
+    checkpoint.save(tmp_path / "run" / "checkpoints", 10, {"adapters": adapters}, state, CheckpointRecipe())
     trained = read_trained(tmp_path / "run")
     assert len(trained.scaling) == layers and set(trained.scaling.values()) == {2.0}
     found = nft.lora.lora_header(recipe, trained.config, 10, trained.date)

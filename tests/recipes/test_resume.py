@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from nft.state import capture
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint
+from stitchvm_reward.runs.recipe import CheckpointRecipe
 from stitchvm_reward.runs.tracking import Tracker
 
 EPOCHS = 6
@@ -96,6 +97,7 @@ def test_saving_right_after_loading_gives_the_same_checkpoint(half, make_trainer
     trainer = make_trainer(half, f"epochs={EPOCHS}", *SETTINGS)
     assert (trainer.epoch, trainer.step) == (3, 6)
     trainer._save(capture(trainer))
+    trainer.writer.wait()
     assert digests(half, 3) == before
 
 
@@ -103,7 +105,7 @@ def test_a_checkpoint_of_another_version_is_refused(half, make_trainer):
     folder = half / "checkpoints/epoch-000003"
     tensors, state = checkpoint.load(folder)
     state.pop("pending")
-    checkpoint.save(half / "checkpoints", folder.name, tensors, state, keep=9)
+    checkpoint.save(half / "checkpoints", 3, tensors, state, CheckpointRecipe(keep=9))
     with pytest.raises(InputError, match=r"another version of this code \(see pending\)"):
         make_trainer(half, f"epochs={EPOCHS}", *SETTINGS)
 

@@ -1,20 +1,23 @@
 """Checkpoints come back bit for bit, or say what is wrong with them."""
 
 import json
+import os
 
 import pytest
 import torch
 
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint
+from stitchvm_reward.runs.recipe import CheckpointRecipe
 
 
-def write(folder, epoch, keep=10):
+def write(folder, epoch, keep=10, keep_every=0):
     tensors = {
         "adapters": {"a/b.lora_A": torch.full((2, 3), float(epoch)), "half": torch.ones(5).bfloat16()},
         "optimizer": {"0.step": torch.tensor(float(epoch))},
     }
-    return checkpoint.save(folder, f"epoch-{epoch:06d}", tensors, {"epoch": epoch, "nested": {"x": [1.5]}}, keep)
+    state, recipe = {"epoch": epoch, "nested": {"x": [1.5]}}, CheckpointRecipe(keep=keep, keep_every=keep_every)
+    return checkpoint.save(folder, epoch, tensors, state, recipe)
 
 
 def truncate(path):
@@ -146,10 +149,61 @@ def test_optimizer_goes_round_and_takes_the_same_next_steps(tmp_path):
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01, fused=True) for model in models]
     steps(models[0], optimizers[0], 3)
     tensors = {"optimizer": checkpoint.optimizer_tensors(optimizers[0])}
-    loaded, _ = checkpoint.load(checkpoint.save(tmp_path, "epoch-000001", tensors, {}, keep=1))
+    loaded, _ = checkpoint.load(checkpoint.save(tmp_path, 1, tensors, {}, CheckpointRecipe(keep=1)))
     models[1].load_state_dict(models[0].state_dict())
     checkpoint.load_optimizer(optimizers[1], loaded["optimizer"])
     for model, optimizer in zip(models, optimizers, strict=True):
         steps(model, optimizer, 2)
     assert torch.equal(models[0].weight, models[1].weight) and torch.equal(models[0].bias, models[1].bias)
     assert optimizers[1].state[models[1].weight]["step"] == 5
+
+
+def test_every_nth_checkpoint_is_kept_beside_the_newest(tmp_path):
+    for epoch in range(1, 12):
+        write(tmp_path, epoch, keep=2, keep_every=4)
+    assert [path.name[-2:] for path in checkpoint.complete(tmp_path)] == ["04", "08", "10", "11"]
+
+
+def test_a_checkpoint_that_is_written_again_is_never_gone(tmp_path, monkeypatch):
+    """A crash between taking the old one's name away and giving it to the new one leaves the old one."""
+    first = write(tmp_path, 3)
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+
+    class Killed(BaseException):
+        pass
+
+    replace = os.replace
+
+    def crash(source, target):
+        if str(source).endswith(".staged"):
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", crash)
+        write(tmp_path, 3)
+    assert checkpoint.complete(tmp_path) == []
+    assert checkpoint.choose(tmp_path, "auto", print) == first
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == before
+    write(tmp_path, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-000003"]
+
+
+def test_one_half_deleted_by_a_crash_is_not_taken_for_a_checkpoint(tmp_path):
+    write(tmp_path, 1)
+    gone = write(tmp_path, 2)
+    gone.rename(tmp_path / f".{gone.name}{checkpoint.AWAY}")
+    (tmp_path / f".{gone.name}{checkpoint.AWAY}" / "state.json").unlink()
+    assert checkpoint.choose(tmp_path, "auto", print).name == "epoch-000001"
+
+
+def test_what_could_not_be_written_in_the_background_is_told_at_the_next_turn(tmp_path):
+    writer = checkpoint.Writer()
+    (tmp_path / "file").write_text("")
+    given = ({"adapters": {"a": torch.ones(1)}}, {}, CheckpointRecipe())
+    writer.submit(tmp_path / "file", 1, *given)
+    with pytest.raises(InputError, match="cannot write checkpoint epoch-000001"):
+        writer.wait()
+    writer.submit(tmp_path / "run", 1, *given)
+    writer.wait()
+    assert [path.name for path in checkpoint.complete(tmp_path / "run")] == ["epoch-000001"]

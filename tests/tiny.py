@@ -1,0 +1,30 @@
+"""Settings that make a recipe of the bundled miniature take seconds, for tests and for the commands beside them."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "recipes/shapes/aesthetic.yaml"
+TINY = (
+    "rollout.groups=2",
+    "rollout.group_size=4",
+    "rollout.micro_batch=4",
+    "rollout.steps=3",
+    "lora.rank=4",
+    "lora.alpha=8",  # a scale of 2: a file or a policy that loses it is off by half
+    "train.levels_per_sample=1",
+    "train.beta_kl=1e-4",  # with a reference and an old policy of its own: every branch runs
+    "train.old_schedule=1",
+    "evaluation.every=0",
+    "evaluation.samples=4",
+    "evaluation.grid=4",
+    "evaluation.steps=2",
+    "checkpoint.every=1",
+)
+
+
+def few_prompts(folder: Path) -> tuple[str, ...]:
+    """Overrides to twelve training prompts, written into a folder, and to a cache of embeddings there."""
+    lines = (ROOT / "miniature/prompts/train.txt").read_text().splitlines()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.txt").write_text("\n".join(lines[:12]) + "\n")
+    return f"prompts.train={folder}/train.txt", f"prompts.cache={folder}/cache"

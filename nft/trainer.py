@@ -34,7 +34,7 @@ from stitchvm_reward.runs.geometry import share
 from stitchvm_reward.runs.run_folder import prepare_run_folder
 from stitchvm_reward.runs.tracking import Tracker, before_after, curves
 
-PHASES = ("rollout", "decode", "score", "audit", "train")  # what an epoch's time goes into
+PHASES = ("rollout", "decode", "score", "audit", "train", "meet")  # what an epoch's time goes into
 
 
 class Trainer:
@@ -256,12 +256,17 @@ class Trainer:
         return figures
 
     def _gather(self, parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:
-        """Values of all processes' items in one (count, ...) tensor, from (indices, values) parts."""
+        """Values of all processes' items in one (count, ...) tensor, from (indices, values) parts: numbers as float64,
+        pictures in [0, 1] as bytes."""
         like = parts[0][1] if parts else torch.zeros(1)
-        whole = torch.zeros(count, *like.shape[1:], device=self.accelerator.device, dtype=torch.float64)
+        dtype = torch.float64 if like.ndim == 1 else torch.uint8
+        whole = torch.zeros(count, *like.shape[1:], device=self.accelerator.device, dtype=dtype)
         for indices, values in parts:
-            whole[indices] = values.to(whole)
-        return self.accelerator.reduce(whole, "sum")
+            whole[indices] = (values * 255).round().to(whole) if dtype == torch.uint8 else values.to(whole)
+        if self.accelerator.num_processes == 1:
+            return whole
+        with self.timings.meeting():
+            return self.accelerator.reduce(whole, "sum")
 
     def judge(self, rollouts: list[Rollout]) -> dict[str, float]:
         """Turn rewards of all processes into this process's optimality r; returns the epoch's statistics."""
@@ -363,7 +368,7 @@ class Trainer:
             blank = [([0], torch.zeros(1, 3, side, side))] if not shown else shown
             pictures = self._gather(blank, self.recipe.evaluation.grid)
         if self.main and self.tracker is not None:
-            self.tracker.images(epoch, pictures.float())
+            self.tracker.images(epoch, pictures)
         return metrics
 
     def _log(self, metrics: dict[str, float]) -> None:

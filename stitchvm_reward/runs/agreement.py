@@ -86,8 +86,9 @@ class Agreement:
         if self.accelerator.num_processes == 1:
             asked, failed, most = mine
         else:
-            whole = self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device))
-            asked, failed, most = whole.amax(0).tolist()
+            with self.timings.meeting():
+                whole = self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device))
+                asked, failed, most = whole.amax(0).tolist()
         self.timings.move()
         if failed:
             told = [text for text in gather_object([None if error is None else str(error)]) if text is not None]

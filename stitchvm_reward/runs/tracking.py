@@ -16,11 +16,14 @@ from stitchvm_reward.files import staged
 
 
 class Timings:
-    """Seconds spent per phase since the last `take`, and which phase was entered last, `current`."""
+    """Seconds spent per phase since the last `take`, and which phase was entered last, `current`.
+
+    The seconds of a phase inside another one are its own alone.
+    """
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
-        self.current, self.moved = "start", time.monotonic()
+        self.current, self.moved, self._inner = "start", time.monotonic(), 0.0
 
     def move(self) -> None:
         """Note that the work goes on."""
@@ -28,14 +31,31 @@ class Timings:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """Time a phase; what a phase inside it takes is not counted twice."""
         self.current = name
+        with self._timed(name):
+            yield
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Time what a process waits for others, in whatever phase, as the phase `meet`."""
+        phase = self.current
+        self.current = f"{phase}, where it meets the others"
+        with self._timed("meet"):
+            yield
+        self.current = phase
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start, outer, self._inner = time.perf_counter(), self._inner, 0.0
         self.move()
         try:
             yield
         finally:
             self.move()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            whole = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + whole - self._inner
+            self._inner = outer + whole
 
     def take(self) -> dict[str, float]:
         taken, self.seconds = self.seconds, {}
@@ -76,7 +96,7 @@ class Tracker:
         self.writer.flush()
 
     def images(self, epoch: int, images: Tensor) -> None:
-        """Show (count, 3, h, w) images in [0, 1], always of the same noise, side by side over epochs."""
+        """Show (count, 3, h, w) images in bytes, always of the same noise, side by side over epochs."""
         self.writer.add_images("held_out", images, epoch)
 
     def figure(self, name: str, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Each run is {"overrides": [...], "out": FOLDER}, with "signal": [process, phase, time] where that process is to be sent
 SIGTERM as it enters the phase for that time, or "fault": [process, kind] where something goes wrong on that one only:
-reward_raises, reward_nan or gradient_nan. A run leaves in FOLDER.finished-N whether it came to its end.
+encode_raises, reward_raises, reward_nan or gradient_nan. A run leaves in FOLDER.finished-N whether it came to its end.
 """
 
 import json
@@ -18,6 +18,7 @@ import nft.update
 from nft.config import load_recipe
 from nft.trainer import Trainer
 from stitchvm_reward.command import answer
+from stitchvm_reward.diffusion.generator import PromptEmbeddings
 from stitchvm_reward.runs.agreement import Agreement
 from stitchvm_reward.runs.launcher import leave, make_accelerator
 from stitchvm_reward.runs.tracking import Timings
@@ -64,15 +65,22 @@ def go_wrong(kind: str, trainer: Trainer) -> None:
         trainer.scorer.score = fault(trainer.scorer.score)
 
 
+def broken(*arguments, **options):
+    raise ValueError("the tokenizer is broken")
+
+
 def train(run: dict, accelerator: Accelerator) -> bool:
     Timings.phase = PHASE
     agreement, rank = Agreement(accelerator), accelerator.process_index
     agreement.listen()
-    trainer = Trainer(load_recipe(RECIPE, run["overrides"]), accelerator, agreement)
+    recipe, fault = load_recipe(RECIPE, run["overrides"]), run.get("fault", [None])
+    if fault == [rank, "encode_raises"]:
+        PromptEmbeddings.ensure = broken
+    trainer = Trainer(recipe, accelerator, agreement)
     if run.get("signal", [None])[0] == rank:
         send_signal(*run["signal"][1:])
-    if run.get("fault", [None])[0] == rank:
-        go_wrong(run["fault"][1], trainer)
+    if fault[0] == rank:
+        go_wrong(fault[1], trainer)
     return trainer.train()
 
 
@@ -80,6 +88,7 @@ def main(plan: Path) -> int:
     accelerator = make_accelerator()
     for run in json.loads(plan.read_text()):
         finished = train(run, accelerator)
+        accelerator.free_memory()  # DeepSpeed has one engine at a time
         Path(f"{run['out']}.finished-{accelerator.process_index}").write_text(str(finished))
     leave(accelerator)
     return 0

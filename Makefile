@@ -12,6 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch --constraint constraints.txt
 	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation deepspeed --constraint constraints.txt
 	touch $@
 
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no

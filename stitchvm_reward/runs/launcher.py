@@ -1,5 +1,6 @@
 """Processes and devices: what accelerate is asked for, and what it must have understood."""
 
+import importlib.util
 import os
 from datetime import timedelta
 
@@ -22,6 +23,11 @@ def make_accelerator(timeout: float = 1800) -> Accelerator:
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + 60))
     cpu = not torch.cuda.is_available()
     sharded = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if sharded and importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            "this launch asks for DeepSpeed, which is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation "
+            "deepspeed, or launch with launch/accelerate/ddp.yaml"
+        )
     if sharded and cpu:
         _deepspeed_on_cpu(group)
     accelerator = Accelerator(cpu=cpu and not sharded, mixed_precision="no", kwargs_handlers=[options, group])

@@ -210,3 +210,10 @@ def test_accelerate_launch_that_starts_one_process_in_place_of_two_is_refused(mo
 def test_a_lone_process_is_accepted(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert make_accelerator().num_processes == 1
+
+
+def test_a_launch_that_asks_for_deepspeed_without_it_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"DeepSpeed, which is not installed: DS_BUILD_OPS=0 pip install"):
+        make_accelerator()

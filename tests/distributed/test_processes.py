@@ -1,9 +1,6 @@
 """The number of processes decides how fast a run is, never what it computes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +11,14 @@ from safetensors.torch import load_file
 
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.launcher import make_accelerator
+from tests.distributed.launching import WORKER, furthest, start
+from tests.tiny import RECIPE
 
-WORKER = Path(__file__).with_name("worker.py")
-RECIPE = "recipes/shapes/aesthetic.yaml"
 EPOCHS = 3
 CLOSE = 1e-5
 # A fifteenth of one step: Adam divides a gradient by its own size, so where that is nearly zero rounding shows.
 CLOSE_WEIGHTS = 5e-5
-# even: two micro batches. uneven: nine samples in five micro batches, the last one short, in two optimizer steps.
-EVEN = ("rollout.groups=2", "rollout.group_size=4", "rollout.micro_batch=4", "train.updates_per_epoch=1")
+# Nine samples in five micro batches, the last one short, in two optimizer steps.
 UNEVEN = ("rollout.groups=3", "rollout.group_size=3", "rollout.micro_batch=2", "train.updates_per_epoch=2")
 # Groups that stop at different steps, scored by a value model, some of them audited.
 VALUE = "rewards=[{kind: value, value_model: miniature/weights/value/aesthetic}]"
@@ -45,10 +41,10 @@ COMMON = (f"epochs={EPOCHS}", "evaluation.every=1", "evaluation.samples=5", "che
 def launch(overrides, small_stitch, tmp_path_factory):
     """launch(processes, {name: settings}) -> {name: run folder}, all in one start of that many processes.
 
-    A run named `unreduced` never reduces its gradients; one named `stitch` builds a value model.
+    One named `stitch` builds a value model.
     """
 
-    def start(processes: int, runs: dict[str, tuple[str, ...]]) -> dict[str, Path]:
+    def start_runs(processes: int, runs: dict[str, tuple[str, ...]]) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp(f"processes-{processes}")
         plan = []
         for name, settings in runs.items():
@@ -58,51 +54,33 @@ def launch(overrides, small_stitch, tmp_path_factory):
                 plan.append({"recipe": STITCH, "overrides": [*small_stitch, f"out={out}", cache, *settings]})
                 continue
             given = overrides(out, *COMMON, *settings)
-            plan.append({"recipe": RECIPE, "out": str(out), "overrides": given, "reduced": name != "unreduced"})
+            plan.append({"recipe": RECIPE, "out": str(out), "overrides": given, "reduced": True})
         (folder / "plan.json").write_text(json.dumps(plan))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        done = subprocess.run(
-            [sys.executable, *(launcher if processes > 1 else []), str(WORKER), str(folder / "plan.json")],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-            capture_output=True,
-            text=True,
-            timeout=150,
-        )
+        done = start("ddp", processes, WORKER, folder / "plan.json", timeout=150)
         assert done.returncode == 0, done.stderr[-4000:]
         return {name: folder / name for name in runs}
 
-    return start
+    return start_runs
 
 
 @pytest.fixture(scope="module")
 def one(launch):
-    return launch(1, {"even": EVEN, "uneven": UNEVEN, "stopped": STOPPED, "stitch": STITCHED})
+    return launch(1, {"uneven": UNEVEN, "stopped": STOPPED, "stitch": STITCHED})
 
 
 @pytest.fixture(scope="module")
 def two(launch):
-    return launch(2, {"even": EVEN, "unreduced": EVEN})
-
-
-@pytest.fixture(scope="module")
-def two_uneven(launch):
     return launch(2, {"uneven": UNEVEN, "stopped": STOPPED, "stitch": STITCHED})
 
 
 @pytest.fixture(scope="module")
-def three_uneven(launch):
+def three(launch):
     return launch(3, {"uneven": UNEVEN})["uneven"]
 
 
 def collected(run: Path) -> list[dict[str, torch.Tensor]]:
     """What each process collected in the first epoch."""
     return [load_file(path) for path in sorted(run.glob("epoch-0-rank-*.safetensors"))]
-
-
-def furthest(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    """The largest difference between two sets of tensors."""
-    assert first.keys() == second.keys()
-    return max(float((first[key] - second[key]).abs().max()) for key in first)
 
 
 def assert_same_samples(alone: Path, together: Path, processes: int, samples: int) -> None:
@@ -135,54 +113,41 @@ def assert_same_training(alone: Path, together: Path, rows, adapters) -> None:
     assert moved > 100 * CLOSE, "training must have moved the weights by far more than the tolerance"
 
 
-def test_two_processes_collect_the_samples_of_one_bit_for_bit(one, two):
-    assert_same_samples(one["even"], two["even"], processes=2, samples=8)
+def test_two_processes_collect_the_samples_of_one_where_the_work_does_not_divide(one, two):
+    assert_same_samples(one["uneven"], two["uneven"], processes=2, samples=9)
 
 
-def test_two_processes_equal_one_process_with_accumulation_of_two(one, two, rows, adapters):
-    assert_same_training(one["even"], two["even"], rows, adapters)
+def test_two_processes_equal_one_where_the_work_does_not_divide(one, two, rows, adapters):
+    assert_same_training(one["uneven"], two["uneven"], rows, adapters)
 
 
-def test_two_processes_collect_the_samples_of_one_where_the_work_does_not_divide(one, two_uneven):
-    assert_same_samples(one["uneven"], two_uneven["uneven"], processes=2, samples=9)
+def test_three_processes_collect_the_samples_of_one_where_the_work_does_not_divide(one, three):
+    assert_same_samples(one["uneven"], three, processes=3, samples=9)
 
 
-def test_two_processes_equal_one_where_the_work_does_not_divide(one, two_uneven, rows, adapters):
-    assert_same_training(one["uneven"], two_uneven["uneven"], rows, adapters)
+def test_three_processes_equal_one_where_the_work_does_not_divide(one, three, rows, adapters):
+    assert_same_training(one["uneven"], three, rows, adapters)
 
 
-def test_three_processes_collect_the_samples_of_one_where_the_work_does_not_divide(one, three_uneven):
-    assert_same_samples(one["uneven"], three_uneven, processes=3, samples=9)
-
-
-def test_three_processes_equal_one_where_the_work_does_not_divide(one, three_uneven, rows, adapters):
-    assert_same_training(one["uneven"], three_uneven, rows, adapters)
-
-
-def test_two_processes_equal_one_on_rollouts_that_stop_early(one, two_uneven, rows, adapters):
-    assert_same_samples(one["stopped"], two_uneven["stopped"], processes=2, samples=9)
-    assert_same_training(one["stopped"], two_uneven["stopped"], rows, adapters)
-    for ours, theirs in zip(rows(two_uneven["stopped"])[1:], rows(one["stopped"])[1:], strict=True):
+def test_two_processes_equal_one_on_rollouts_that_stop_early(one, two, rows, adapters):
+    assert_same_samples(one["stopped"], two["stopped"], processes=2, samples=9)
+    assert_same_training(one["stopped"], two["stopped"], rows, adapters)
+    for ours, theirs in zip(rows(two["stopped"])[1:], rows(one["stopped"])[1:], strict=True):
         for key in ("audit/value", "audit/reward", "audit/spearman"):
             assert ours[key] == pytest.approx(theirs[key], abs=CLOSE), key
 
 
-def test_two_processes_build_the_value_model_of_one(one, two_uneven, rows):
-    ours, theirs = (rows(runs["stitch"]) for runs in (two_uneven, one))
+def test_two_processes_build_the_value_model_of_one(one, two, rows):
+    ours, theirs = (rows(runs["stitch"]) for runs in (two, one))
     assert len(ours) == len(theirs) == 3
     for mine, other in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(other, abs=CLOSE)
     first, last, other = (
         load_file(run / "checkpoints" / f"epoch-{epoch:06d}" / "network.safetensors")
-        for run, epoch in ((one["stitch"], 1), (one["stitch"], 2), (two_uneven["stitch"], 2))
+        for run, epoch in ((one["stitch"], 1), (one["stitch"], 2), (two["stitch"], 2))
     )
     assert furthest(last, other) < CLOSE_WEIGHTS
     assert furthest(last, first) > 100 * CLOSE
-
-
-def test_gradients_of_one_process_alone_give_other_weights(one, two, adapters):
-    """The comparison above can fail: the same two processes, with their gradients not reduced."""
-    assert furthest(adapters(two["unreduced"], EPOCHS), adapters(one["even"], EPOCHS)) > 50 * CLOSE
 
 
 def test_more_processes_asked_for_than_started_is_refused_in_one_line(monkeypatch):

@@ -1,7 +1,11 @@
 """What the batch script does when a run has ended, without a scheduler: its commands only note how they are called."""
 
 import os
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +15,8 @@ COMMANDS = {
     "accelerate": "echo ACCELERATE_MIXED_PRECISION=no",
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$*" >>"$NOTES"; fi',
     "squeue": 'echo "$STATE"',
-    "srun": 'echo "$*" >"$NOTES.srun"; log=${3#--output=}; echo "$SAID" >"${log/\\%t/0}"; exit "$CODE"',
+    "srun": 'echo "$*" >"$NOTES.srun"; env >"$NOTES.env"\n'
+    'log=${3#--output=}; echo "$SAID" >"${log/\\%t/0}"; exit "$CODE"',
 }
 
 
@@ -30,7 +35,7 @@ def script(tmp_path):
     ):
         notes.write_text("")
         environment = os.environ | {
-            "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+            "PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "LOGS": str(tmp_path / "logs"),
             "NOTES": str(notes),
             "SAID": said,
@@ -83,3 +88,28 @@ def test_a_place_in_an_array_is_a_seed_with_a_folder_of_its_own(script, tmp_path
     _, requeued = script(STOPPED, given=given, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2")
     assert (tmp_path / "notes.srun").read_text().endswith(f" seed=2 out={out}\n")
     assert requeued == "requeue 5_2\n"  # the array's own number would start all of its seeds again
+
+
+def test_what_the_accelerate_config_says_reaches_the_ranks(script, tmp_path):
+    (tmp_path / "bin/accelerate").unlink()  # the real one
+    config = Path("launch/accelerate/ddp.yaml").read_text() + "debug: true\n"
+    (tmp_path / "debug.yaml").write_text(config)
+    done, _ = script(DONE, ACCELERATE_CONFIG=str(tmp_path / "debug.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert "ACCELERATE_DEBUG_MODE=true\n" in (tmp_path / "notes.env").read_text()
+
+
+def test_a_signal_that_comes_before_the_run_listens_waits_until_it_does(command, tmp_path):
+    place = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
+    python, *arguments = command(tmp_path / "run", "epochs=1")
+    process = subprocess.Popen(
+        [python, "launch/slurm/rank.py", *arguments],
+        env=os.environ | place | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29417"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(1)  # in which Python starts and PyTorch is not yet loaded
+    process.send_signal(signal.SIGUSR1)
+    told, _ = process.communicate(timeout=100)
+    assert process.returncode == 0
+    assert "stopped by a signal before the first epoch" in told and not (tmp_path / "run/checkpoints").exists()

@@ -22,6 +22,7 @@ class Jobs:
     def __init__(self, environment: dict[str, str], folder: Path):
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.environment = environment | {"PATH": path, "LOGS": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+        self.environment["OMP_WAIT_POLICY"] = "PASSIVE"  # several jobs share the cores here
         self.folder = folder
 
     def submit(self, *arguments: str) -> str:
@@ -69,12 +70,10 @@ def submitted(jobs, overrides, tmp_path_factory):
     wait_for((folder / "stopped/metrics.jsonl").exists, 60, lambda: jobs.told(names["stopped"]))
     names["after"] = jobs.submit(f"--dependency=afterok:{names['stopped']}", "--wrap", f"ls {folder}/stopped")
     names["typo"] = jobs.run(1, given=overrides(folder / "typo", "epoch=1"))
-    names["config"] = jobs.run(1, "--export=ALL,ACCELERATE_CONFIG=none.yaml", given=overrides(folder / "config"))
     names["first"] = jobs.submit("--wrap", "sleep 1")
     after = ("--array=0-1", f"--dependency=afterok:{names['first']}")
     names["seeds"] = jobs.run(1, *after, given=overrides(folder / "seeds", "epochs=2", REWARD))
-    compared = f"python -m nft.compare {folder}/seeds-seed0 {folder}/seeds-seed1 --measure score --target 99"
-    names["compared"] = jobs.submit(f"--dependency=afterok:{names['seeds']}", "--wrap", compared)
+    names["last"] = jobs.submit(f"--dependency=afterok:{names['seeds']}", "--wrap", f"ls {folder}/seeds-seed*")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
         [*launcher, "launch/nft.py", RECIPE, *overrides(folder / "straight", *SETTINGS)],
@@ -86,20 +85,22 @@ def submitted(jobs, overrides, tmp_path_factory):
     log = jobs.folder / f"{names['seeds']}_1/attempt-0/rank-0.log"
     wait_for(lambda: log.exists() and "epoch 0/2" in log.read_text(), 90, lambda: jobs.told(names["seeds"]))
     ask("scancel", "--signal=USR1", f"{names['seeds']}_1", environment=jobs.environment)
+    output = jobs.folder / f"{names['stopped']}.out"
+    wait_for(lambda: "requeued" in output.read_text(), 120, lambda: jobs.told(names["stopped"]))
+    ask("scontrol", "update", f"JobId={names['stopped']}", "TimeLimit=10", environment=jobs.environment)
     return folder, names
 
 
 def test_a_job_is_stopped_before_its_time_is_over_and_goes_on_bit_for_bit_when_requeued(jobs, submitted, digests, rows):
     folder, names = submitted
     job = names["stopped"]
-    jobs.wait(job, "COMPLETED", 150)
-    restarts = int(jobs.show(job, "Restarts"))
-    assert restarts >= 1 and jobs.show(job, "ExitCode") == "0:0"
+    jobs.wait(job, "COMPLETED", 200)
+    assert jobs.show(job, "Restarts") == "1" and jobs.show(job, "ExitCode") == "0:0"
     output = (jobs.folder / f"{job}.out").read_text()
     assert re.search(rf"stopped by a signal after epoch \d+ of {EPOCHS}: requeued", output), output
     assert output.splitlines()[-1].startswith("done:")
     logs = sorted(str(path.relative_to(jobs.folder / job)) for path in (jobs.folder / job).glob("*/*"))
-    assert logs == [f"attempt-{attempt}/rank-{rank}.log" for attempt in range(restarts + 1) for rank in (0, 1)]
+    assert logs == [f"attempt-{attempt}/rank-{rank}.log" for attempt in (0, 1) for rank in (0, 1)]
     assert "resumed from" in (jobs.folder / job / "attempt-1/rank-0.log").read_text()
     jobs.wait(names["after"], "COMPLETED", 30)
     assert "lora.safetensors" in (jobs.folder / f"{names['after']}.out").read_text()
@@ -110,18 +111,17 @@ def test_a_job_is_stopped_before_its_time_is_over_and_goes_on_bit_for_bit_when_r
 def test_a_dependent_array_trains_one_run_a_seed_of_which_only_the_stopped_one_is_requeued(jobs, submitted):
     folder, names = submitted
     array = names["seeds"]
-    jobs.wait(names["compared"], "COMPLETED", 120)  # it depends on the whole array
+    jobs.wait(names["last"], "COMPLETED", 200)  # it depends on the whole array
+    assert (jobs.folder / f"{names['last']}.out").read_text().count("lora.safetensors") == 2
     attempts = [sorted(p.name for p in (jobs.folder / f"{array}_{seed}").glob("attempt-*")) for seed in (0, 1)]
     assert attempts == [["attempt-0"], ["attempt-0", "attempt-1"]]
     for seed in (0, 1):
         assert f"seed: {seed}\n" in (folder / f"seeds-seed{seed}/recipe.yaml").read_text()
-    assert re.search(r"seeds-seed1 +never", (jobs.folder / f"{names['compared']}.out").read_text())
 
 
-@pytest.mark.parametrize(("name", "code", "told"), [("typo", "2:0", "epoch"), ("config", "1:0", "none.yaml")])
-def test_bad_input_fails_the_job_and_requeues_nothing(jobs, submitted, name, code, told):
+def test_a_typo_fails_the_job_and_requeues_nothing(jobs, submitted):
     folder, names = submitted
-    jobs.wait(names[name], "FAILED", 60)
-    assert jobs.show(names[name], "ExitCode") == code and jobs.show(names[name], "Restarts") == "0"
-    assert told in (jobs.folder / f"{names[name]}.out").read_text()
-    assert not (folder / name).exists()
+    jobs.wait(names["typo"], "FAILED", 60)
+    assert jobs.show(names["typo"], "ExitCode") == "2:0" and jobs.show(names["typo"], "Restarts") == "0"
+    output = (jobs.folder / f"{names['typo']}.out").read_text()
+    assert "error: unknown recipe key epoch: did you mean 'epochs'?" in output and not (folder / "typo").exists()

@@ -6,7 +6,7 @@ export TRANSFORMERS_VERBOSITY ?= error
 export DIFFUSERS_VERBOSITY ?= error
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check clean
+.PHONY: demo test check slurm clean
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,12 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A scheduler for tests/slurm, which are skipped where this cannot install it.
+slurm:
+	@command -v slurmctld >/dev/null && command -v munged >/dev/null || { timeout 120 apt-get update && \
+		DEBIAN_FRONTEND=noninteractive timeout 180 apt-get install --yes --no-install-recommends slurm-wlm munge; \
+	} >/dev/null 2>&1 || echo "slurm-wlm and munge could not be installed: tests/slurm will be skipped"
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -69,6 +69,7 @@ class Agreement:
         """Take SIGTERM and SIGUSR1 as the wish to stop at the next point; a second one ends the process at once."""
         for number in SIGNALS:
             signal.signal(number, self._ask)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launch/slurm/rank.py holds back those that come earlier
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -95,7 +95,19 @@ def _clip_folders(recipe: Recipe) -> list[str]:
 
 
 def costs(recipe: Recipe) -> Costs:
-    """Count parameters, FLOPs and the memory of one sample's training pass on the meta device."""
+    """Count parameters, FLOPs and the memory of one sample's training pass on the meta device, once in a process."""
+    values = [Path(reward.value_model).expanduser() / "config.json" for reward in recipe.rewards if reward.value_model]
+    built = [path.read_text() if path.is_file() else "" for path in values]
+    key = repr((recipe.model, recipe.lora, recipe.rewards, built))
+    if key not in _known:
+        _known[key] = _count(recipe)
+    return _known[key]
+
+
+_known: dict[str, Costs] = {}
+
+
+def _count(recipe: Recipe) -> Costs:
     transformer_config, vae_config, clip_tokens = configurations(recipe.model.path)
     dtype = getattr(torch, recipe.model.dtype)
     with torch.device("meta"):

@@ -162,7 +162,11 @@ def curves(folder: Path) -> None:
     names = [name for name in dict.fromkeys(names) if not name.endswith(("_std", "/total_std"))]
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3 * lines))
+    # A layout that is computed would draw everything twice.
+    figure.subplots_adjust(
+        0.6 / (4.2 * columns), 0.5 / (3 * lines), 1 - 0.1 / columns, 1 - 0.3 / (3 * lines), 0.3, 0.45
+    )
     for index, name in enumerate(names):
         axes = figure.add_subplot(lines, columns, index + 1)
         known = [row for row in rows if name in row]

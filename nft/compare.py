@@ -100,7 +100,9 @@ def table(curves: list[Curve], measure: str, target: float) -> list[str]:
     for arm, all_found in arms.items():
         mean = {axis: sum(found.cost[axis] for found in all_found) / len(all_found) for axis in all_found[0].cost}
         first = first or mean
-        times = "  ".join(f"{first[axis] / mean[axis]:.2f}x less {AXES[axis]}" for axis in ("seconds", "teraflop"))
+        # An arm that begins above the target has spent nothing.
+        ratios = {axis: f"{first[axis] / mean[axis]:.2f}x" if mean[axis] else "-" for axis in ("seconds", "teraflop")}
+        times = "  ".join(f"{ratio} less {AXES[axis]}" for axis, ratio in ratios.items())
         short = f", {missed[arm]} never reached it" if arm in missed else ""
         lines.append(f"{arm:32}{mean['epoch']:8.1f}{mean['seconds']:9.1f}{mean['teraflop']:9.2f}   {times}{short}")
         lines.append(f"{'':32}" + "  ".join(f"{phase} {mean[phase]:.1f} s" for phase in PHASES if mean[phase]))

@@ -1,7 +1,4 @@
-"""Runs of the miniature on several processes, by any backend, and how far apart two of them are.
-
-python tests/distributed/launching.py prints the table of differences between one process and two, by backend.
-"""
+"""Runs of the miniature on several processes, by any backend, and how far apart two of them are."""
 
 import json
 import os
@@ -12,9 +9,23 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.tiny import RECIPE, ROOT
+
 WORKER = Path(__file__).with_name("worker.py")
-RECIPE = "recipes/shapes/aesthetic.yaml"
+BACKENDS = ("ddp", "zero1", "zero2", "zero3")
+FAULTS = ("unreduced", "moments", "old")
+# Five optimizer steps; one process has two micro batches for each, two processes one.
+EVEN = (
+    "rollout.groups=2",
+    "rollout.group_size=4",
+    "rollout.micro_batch=4",
+    "train.learning_rate=1e-4",
+    "epochs=5",
+    "checkpoint.keep=5",
+    "evaluation.samples=2",
+    "evaluation.grid=1",
+    "evaluation.steps=1",
+)
 
 
 def launcher(backend: str, processes: int) -> list[str]:
@@ -36,9 +47,9 @@ def start(backend: str, processes: int, worker: Path, plan: Path, timeout: float
 
 
 def run_all(backend: str, processes: int, runs: dict[Path, list[str]]) -> None:
-    """Make runs {folder: overrides} one after the other in one start; one named `unreduced` reduces no gradients."""
+    """Make runs {folder: overrides} one after the other in one start; one named for a fault of FAULTS has it."""
     plan = [
-        {"recipe": RECIPE, "out": str(out), "overrides": given, "reduced": out.name != "unreduced"}
+        {"recipe": RECIPE, "out": str(out), "overrides": given, "fault": out.name if out.name in FAULTS else None}
         for out, given in runs.items()
     ]
     path = next(iter(runs)).parent / f"plan-{backend}-{processes}.json"

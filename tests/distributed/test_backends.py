@@ -6,22 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import furthest, loss_apart, run_all, samples, weights
+from tests.distributed.launching import BACKENDS, EVEN, furthest, loss_apart, run_all, samples, weights
 
-BACKENDS = ("ddp", "zero1", "zero2", "zero3")
 CLOSE = 1e-5
-# Five optimizer steps; one process has two micro batches for each, two processes one.
-EVEN = (
-    "rollout.groups=2",
-    "rollout.group_size=4",
-    "rollout.micro_batch=4",
-    "train.learning_rate=1e-4",
-    "epochs=5",
-    "checkpoint.keep=5",
-    "evaluation.samples=2",
-    "evaluation.grid=1",
-    "evaluation.steps=1",
-)
 # Nine samples in three micro batches, two optimizer steps an epoch, groups that stop at different steps, audits.
 UNEVEN = (
     "rollout.groups=3",

@@ -54,7 +54,7 @@ def launch(overrides, small_stitch, tmp_path_factory):
                 plan.append({"recipe": STITCH, "overrides": [*small_stitch, f"out={out}", cache, *settings]})
                 continue
             given = overrides(out, *COMMON, *settings)
-            plan.append({"recipe": RECIPE, "out": str(out), "overrides": given, "reduced": True})
+            plan.append({"recipe": RECIPE, "out": str(out), "overrides": given, "fault": None})
         (folder / "plan.json").write_text(json.dumps(plan))
         done = start("ddp", processes, WORKER, folder / "plan.json", timeout=150)
         assert done.returncode == 0, done.stderr[-4000:]

@@ -19,7 +19,7 @@ SETTINGS = (
     "evaluation.every=2",
     "checkpoint.keep=9",
 )
-PHASES = {"rollout": 3, "decode": 2, "score": 2, "train": 2, "evaluate": 2, "save": 1}
+PHASES = {"encode": 1, "rollout": 3, "decode": 2, "score": 2, "train": 2, "evaluate": 2, "save": 1}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def signalled(launch, tmp_path_factory):
         runs.append({"name": phase, "settings": (), "signal": [number % 2 if phase != "save" else 0, phase, at]})
     done = launch(runs, folder)
     assert done.returncode == 0, done.stderr[-4000:]
-    stopped = {phase: [path.name for path in (folder / phase / "checkpoints").iterdir()] for phase in PHASES}
+    stopped = {phase: [path.name for path in (folder / phase).glob("checkpoints/*")] for phase in PHASES}
     finished = {phase: [(folder / f"{phase}.finished-{rank}").read_text() for rank in (0, 1)] for phase in PHASES}
     done = launch([{"name": phase, "settings": ()} for phase in PHASES], folder)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -61,7 +61,8 @@ def signalled(launch, tmp_path_factory):
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_bit_for_bit(signalled, digests, rows, phase):
     folder, stopped, finished = signalled
     assert finished[phase] == ["False", "False"]
-    assert len(stopped[phase]) >= 1
+    # While prompts are encoded nothing has been trained that could be saved.
+    assert len(stopped[phase]) == (0 if phase == "encode" else 1)
     assert digests(folder / phase, EPOCHS) == digests(folder / "straight", EPOCHS)
     assert rows(folder / phase) == rows(folder / "straight")
 

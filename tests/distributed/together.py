@@ -19,7 +19,7 @@ from nft.config import load_recipe
 from nft.trainer import Trainer
 from stitchvm_reward.command import answer
 from stitchvm_reward.diffusion.generator import PromptEmbeddings
-from stitchvm_reward.runs.agreement import Agreement
+from stitchvm_reward.runs.agreement import Agreement, Stopped
 from stitchvm_reward.runs.launcher import leave, make_accelerator
 from stitchvm_reward.runs.tracking import Timings
 
@@ -76,9 +76,12 @@ def train(run: dict, accelerator: Accelerator) -> bool:
     recipe, fault = load_recipe(RECIPE, run["overrides"]), run.get("fault", [None])
     if fault == [rank, "encode_raises"]:
         PromptEmbeddings.ensure = broken
-    trainer = Trainer(recipe, accelerator, agreement)
     if run.get("signal", [None])[0] == rank:
         send_signal(*run["signal"][1:])
+    try:
+        trainer = Trainer(recipe, accelerator, agreement)
+    except Stopped:
+        return False
     if fault[0] == rank:
         go_wrong(fault[1], trainer)
     return trainer.train()

@@ -1,10 +1,10 @@
 """One process of a distributed test: worker.py PLAN, a JSON list of runs that are made one after the other.
 
-Each run is {"recipe": ..., "overrides": [...], "out": FOLDER, "reduced": true}. Every process leaves what it collects
+Each run is {"recipe": ..., "overrides": [...], "out": FOLDER, "fault": null}. Every process leaves what it collects
 in the epoch that the run begins or goes on with in FOLDER/epoch-E-rank-N.safetensors; the run itself leaves metrics and
 checkpoints there.
-`"reduced": false` is the fault to look out for: gradients stay on the process that computed them. A run under
-recipes/stitch builds a value model.
+A fault is one to look out for: `unreduced` gradients stay on the process that computed them, a restart loses Adam's
+`moments`, or the `old` adapter, which becomes the current one. A run under recipes/stitch builds a value model.
 """
 
 import contextlib
@@ -23,14 +23,18 @@ from stitchvm_reward.stitching.config import load_stitch_recipe
 
 
 def train(run: dict, accelerator: Accelerator) -> None:
-    trainer = Trainer(load_recipe(run["recipe"], run["overrides"]), accelerator)
+    trainer, fault = Trainer(load_recipe(run["recipe"], run["overrides"]), accelerator), run["fault"]
+    if fault == "moments":
+        trainer.backend.optimizer.state.clear()
+    elif fault == "old":
+        trainer.policy.copy("current", "old")
     collected = {}
     for rollout in trainer.collect(trainer.epoch):
         for place, sample in enumerate(rollout.samples):
             collected[f"anchor.{sample}"] = rollout.anchor[place].clone()
             collected[f"reward.{sample}"] = rollout.rewards["total"][place].clone()
     save_file(collected, Path(run["out"]) / f"epoch-{trainer.epoch}-rank-{accelerator.process_index}.safetensors")
-    with contextlib.nullcontext() if run["reduced"] else trainer.network.no_sync():
+    with trainer.network.no_sync() if fault == "unreduced" else contextlib.nullcontext():
         trainer.train()
 
 

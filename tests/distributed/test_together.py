@@ -62,7 +62,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on_bit_for_bit(sign
     folder, stopped, finished = signalled
     assert finished[phase] == ["False", "False"]
     # While prompts are encoded nothing has been trained that could be saved.
-    assert len(stopped[phase]) == (0 if phase == "encode" else 1)
+    assert bool(stopped[phase]) == (phase != "encode")
     assert digests(folder / phase, EPOCHS) == digests(folder / "straight", EPOCHS)
     assert rows(folder / phase) == rows(folder / "straight")
 

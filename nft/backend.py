@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nft.config import TrainRecipe
 from nft.models import make_optimizer
-from nft.policy import own_part
+from nft.policy import Policy, own_part
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint
 
@@ -28,17 +28,18 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 
 class Backend:
-    """A network prepared for training `parameters`, its optimizer, and `stage`: ZeRO's, or 0 for DDP and one process.
+    """A policy's network prepared for training, its optimizer, and `stage`: ZeRO's, or 0 for DDP and one process.
 
     `network` is what to call, `optimizer` the torch optimizer that holds the learning rate.
     """
 
-    def __init__(self, accelerator: Accelerator, module: nn.Module, parameters: list[nn.Parameter], train: TrainRecipe):
-        self.accelerator, self.parameters, self.train = accelerator, parameters, train
+    def __init__(self, accelerator: Accelerator, policy: Policy, train: TrainRecipe):
+        self.accelerator, self.train = accelerator, train
+        self.parameters = list(policy.tensors("current").values())
         self.stage = zero_stage(accelerator)
         if self.stage:
             _configure(accelerator.state.deepspeed_plugin, train)
-        self.network, wrapped = accelerator.prepare(module, make_optimizer(train, parameters))
+        self.network, wrapped = accelerator.prepare(policy.network, make_optimizer(train, self.parameters))
         self.engine: Any = accelerator.deepspeed_engine_wrapped.engine if self.stage else None
         self.optimizer: torch.optim.Optimizer = self.engine.optimizer.optimizer if self.engine else wrapped.optimizer
 

@@ -11,7 +11,7 @@ from stitchvm_reward.diffusion.generator import Generator
 NAMES = (None, *ADAPTERS)
 
 
-def idle_inputs(generator: Generator) -> dict[str, Any]:
+def _smallest(generator: Generator) -> dict[str, Any]:
     """The smallest forward pass of a generator's network."""
     config, device = generator.transformer.config, generator.device
     return {
@@ -29,8 +29,9 @@ class LockStep:
     Each pass begins with all processes saying which adapter they want to run: all that want one want the same.
     """
 
-    def __init__(self, network: Callable[..., Any], policy: Policy, inputs: dict[str, Any], device: torch.device):
-        self.network, self.policy, self.inputs, self.device = network, policy, inputs, device
+    def __init__(self, network: Callable[..., Any], policy: Policy, generator: Generator):
+        self.network, self.policy, self.device = network, policy, generator.device
+        self.inputs = _smallest(generator)
 
     def _say(self, wanted: int) -> int:
         said = torch.tensor([wanted], device=self.device)

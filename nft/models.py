@@ -1,9 +1,13 @@
 """What a recipe says of the generator and of the optimizer, made."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from nft.config import Recipe, TrainRecipe
+from nft.lora import read_lora
+from nft.policy import Policy
 from stitchvm_reward.diffusion.generator import Generator
 
 
@@ -22,6 +26,15 @@ def spare_memory(generator: Generator, recipe: Recipe) -> None:
         generator.vae.enable_slicing()
     if recipe.train.gradient_checkpointing:
         generator.transformer.enable_gradient_checkpointing()
+
+
+def make_policy(recipe: Recipe, generator: Generator) -> Policy:
+    """The recipe's adapters on the generator's transformer, at their beginning or at that of `lora.start`."""
+    lora = recipe.lora
+    policy = Policy(generator.transformer, lora.rank, lora.alpha, lora.targets, recipe.seed, lora.init)
+    if lora.start:
+        policy.start_from(read_lora(Path(lora.start).expanduser()))
+    return policy
 
 
 def make_optimizer(train: TrainRecipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

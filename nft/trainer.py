@@ -14,11 +14,10 @@ from nft.audit import Audit, audited
 from nft.backend import Backend, zero_stage
 from nft.config import Recipe
 from nft.geometry import geometry_of
-from nft.lockstep import LockStep, idle_inputs
-from nft.lora import lora_header, read_lora, save_lora
-from nft.models import load_generator
+from nft.lockstep import LockStep
+from nft.lora import lora_header, save_lora
+from nft.models import load_generator, make_policy
 from nft.plan import announce
-from nft.policy import Policy
 from nft.prompts import check_prompts, epoch_prompts
 from nft.rollout import Rollout, roll_on, roll_out, sample, stop_step
 from nft.scoring import Scorer
@@ -56,25 +55,13 @@ class Trainer:
         self.scorer.load_values(self.generator, shared=zero_stage(accelerator) < 3)
         self.audit = Audit(recipe.audit)
         self.sigmas = sigma_schedule(rollout.steps, self.generator.shift)
-        self.policy = Policy(
-            self.generator.transformer,
-            recipe.lora.rank,
-            recipe.lora.alpha,
-            recipe.lora.targets,
-            recipe.seed,
-            recipe.lora.init,
-        )
-        if recipe.lora.start:
-            self.policy.start_from(read_lora(Path(recipe.lora.start).expanduser()))
+        self.policy = make_policy(recipe, self.generator)
         if recipe.model.compile:
             self.generator.compile_blocks()
-        self.backend = Backend(
-            accelerator, self.generator.transformer, list(self.policy.tensors("current").values()), train
-        )
+        self.backend = Backend(accelerator, self.policy, train)
         self.network = self.sampler = self.backend.network
         if self.backend.stage == 3:
-            inputs = idle_inputs(self.generator)
-            self.sampler = LockStep(self.network, self.policy, inputs, accelerator.device)
+            self.sampler = LockStep(self.network, self.policy, self.generator)
             self.agreement.idle = self.sampler.idle
         # The scheduler counts optimizer steps, so it is not prepared: accelerate would step it once a process.
         self.scheduler = get_scheduler("constant_with_warmup", self.backend.optimizer, num_warmup_steps=train.warmup)
@@ -244,7 +231,9 @@ class Trainer:
 
         with self.timings.phase("audit"):
             self.agreement.together(roll_all_on)
-            values, rewards = (self._gather(part, self.geometry.samples)[sorted(chosen)].cpu() for part in parts)
+            values, rewards = (
+                self.agreement.gather(part, self.geometry.samples)[sorted(chosen)].cpu() for part in parts
+            )
         check_finite("total", rewards)
         figures = self.audit.add(values, rewards)
         if (drift := self.audit.drift()) is not None:
@@ -255,24 +244,11 @@ class Trainer:
                 tqdm.write(f"warning: {told}")
         return figures
 
-    def _gather(self, parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:
-        """Values of all processes' items in one (count, ...) tensor, from (indices, values) parts: numbers as float64,
-        pictures in [0, 1] as bytes."""
-        like = parts[0][1] if parts else torch.zeros(1)
-        dtype = torch.float64 if like.ndim == 1 else torch.uint8
-        whole = torch.zeros(count, *like.shape[1:], device=self.accelerator.device, dtype=dtype)
-        for indices, values in parts:
-            whole[indices] = (values * 255).round().to(whole) if dtype == torch.uint8 else values.to(whole)
-        if self.accelerator.num_processes == 1:
-            return whole
-        with self.timings.meeting():
-            return self.accelerator.reduce(whole, "sum")
-
     def judge(self, rollouts: list[Rollout]) -> dict[str, float]:
         """Turn rewards of all processes into this process's optimality r; returns the epoch's statistics."""
         count, metrics = self.geometry.samples, {}
         rewards = {
-            name: self._gather([(r.samples, r.rewards[name]) for r in rollouts], count).float()
+            name: self.agreement.gather([(r.samples, r.rewards[name]) for r in rollouts], count).float()
             for name in [*self.scorer.rewards, "total"]
         }
         for name, values in rewards.items():
@@ -286,8 +262,8 @@ class Trainer:
         if told is not None:
             self.skip(f"{told} in epoch {self.epoch + 1}")
             return metrics | {"train/skipped": float(self.skipped)}
-        groups = self._gather([(r.samples, torch.tensor(r.prompts)) for r in rollouts], count)
-        tau = self._gather([(r.samples, r.tau) for r in rollouts], count)
+        groups = self.agreement.gather([(r.samples, torch.tensor(r.prompts)) for r in rollouts], count)
+        tau = self.agreement.gather([(r.samples, r.tau) for r in rollouts], count)
         r = optimality(advantages(rewards["total"], groups, tau, self.recipe.train.per_group_std))
         for rollout in rollouts:
             rollout.optimality = r[rollout.samples]
@@ -359,14 +335,14 @@ class Trainer:
                 pass
             metrics = {}
             for name in [*self.scorer.rewards, "total", *self.scorer.metrics]:
-                values = self._gather(found.get(name, []), count)
+                values = self.agreement.gather(found.get(name, []), count)
                 if name not in self.scorer.metrics:
                     check_finite(name, values)
                 metrics[f"held_out/{name}"] = float(values.mean())
                 metrics[f"held_out/{name}_std"] = float(values.std())
             side = self.generator.resolution
             blank = [([0], torch.zeros(1, 3, side, side))] if not shown else shown
-            pictures = self._gather(blank, self.recipe.evaluation.grid)
+            pictures = self.agreement.gather(blank, self.recipe.evaluation.grid)
         if self.main and self.tracker is not None:
             self.tracker.images(epoch, pictures)
         return metrics

@@ -14,11 +14,13 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from stitchvm_reward.errors import InputError, SharedError
 from stitchvm_reward.runs.tracking import Timings
 
 Result = TypeVar("Result")
+Parts = list[tuple[list[int], Tensor]]
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -113,6 +115,21 @@ class Agreement:
         self.idle()
         self.settle(error)
         return result  # type: ignore[return-value]  # an error has been raised by now
+
+    def gather(self, parts: Parts, count: int) -> Tensor:
+        """Values of all processes' items in one (count, ...) tensor, from (indices, values) parts of this one's.
+
+        Numbers come as float64, pictures in [0, 1] as bytes.
+        """
+        like = parts[0][1] if parts else torch.zeros(1)
+        dtype = torch.float64 if like.ndim == 1 else torch.uint8
+        whole = torch.zeros(count, *like.shape[1:], device=self.accelerator.device, dtype=dtype)
+        for indices, values in parts:
+            whole[indices] = (values * 255).round().to(whole) if dtype == torch.uint8 else values.to(whole)
+        if self.accelerator.num_processes == 1:
+            return whole
+        with self.timings.meeting():
+            return self.accelerator.reduce(whole, "sum")
 
     def rounds(self, own: Iterable, do: Callable = lambda item: item) -> Iterator:
         """Yield what `do` makes of each of `own`, however many other processes have, all meeting after each."""

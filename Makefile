@@ -23,7 +23,7 @@ demo: .venv/ready
 	$(BIN)/python -m nft.summary runs/demo-full runs/demo-stopped
 
 test: .venv/ready check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: .venv/ready
 	$(BIN)/ruff check .

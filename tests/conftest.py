@@ -21,6 +21,12 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 
+# Of several pytest workers each keeps to a core, with the processes that it starts: threads of two that share cores
+# wait for each other most of the time.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 STITCH = {"aesthetic": "recipes/stitch/shapes_aesthetic.yaml", "clip": "recipes/stitch/shapes_clip.yaml"}
 
 

@@ -21,7 +21,7 @@ from tests.tiny import RECIPE, ROOT, TINY, few_prompts
 
 EPOCHS = 6
 SETTINGS = (f"epochs={EPOCHS}", "train.updates_per_epoch=2", "evaluation.every=2", f"checkpoint.keep={EPOCHS + 1}")
-PATIENCE = 120  # seconds that a start may take
+PATIENCE = 300  # seconds that a start may take
 
 
 def _files(path: Path) -> dict[str, bytes]:

@@ -55,7 +55,7 @@ def run_all(backend: str, processes: int, runs: dict[Path, list[str]]) -> None:
     path = next(iter(runs)).parent / f"plan-{backend}-{processes}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plan))
-    done = start(backend, processes, WORKER, path, timeout=280)
+    done = start(backend, processes, WORKER, path, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
 
 

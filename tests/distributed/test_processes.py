@@ -56,7 +56,7 @@ def launch(overrides, small_stitch, tmp_path_factory):
             given = overrides(out, *COMMON, *settings)
             plan.append({"recipe": RECIPE, "out": str(out), "overrides": given, "fault": None})
         (folder / "plan.json").write_text(json.dumps(plan))
-        done = start("ddp", processes, WORKER, folder / "plan.json", timeout=150)
+        done = start("ddp", processes, WORKER, folder / "plan.json", timeout=400)
         assert done.returncode == 0, done.stderr[-4000:]
         return {name: folder / name for name in runs}
 

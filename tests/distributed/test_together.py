@@ -36,7 +36,7 @@ def launch(overrides, tmp_path_factory):
             for run in runs
         ]
         (folder / "plan.json").write_text(json.dumps(plan))
-        return start(backend, 2, WORKER, folder / "plan.json", timeout=200)
+        return start(backend, 2, WORKER, folder / "plan.json", timeout=500)
 
     return start_runs
 
@@ -113,7 +113,7 @@ def test_a_process_that_hangs_ends_the_run_with_the_phase_that_it_hangs_in(overr
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path.cwd()}:{tmp_path}"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode != 0
     assert "error: process 1 has not moved for 15 s in phase score: " in done.stderr, done.stderr[-4000:]

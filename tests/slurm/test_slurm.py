@@ -64,10 +64,10 @@ def jobs(tmp_path_factory):
 def submitted(jobs, overrides, tmp_path_factory):
     """The folder of all runs, the numbers of their jobs by name, and the run that needed no scheduler."""
     folder = tmp_path_factory.mktemp("runs")
-    limits = ("--time=2", "--signal=USR1@50")  # it comes 40 to 70 seconds after the start: SLURM looks twice a minute
+    limits = ("--time=3", "--signal=USR1@100")  # it comes 50 to 80 seconds after the start: SLURM looks twice a minute
     names = {"stopped": jobs.run(2, *limits, given=overrides(folder / "stopped", *SETTINGS))}
     # The rest runs while that job waits for its signal.
-    wait_for((folder / "stopped/metrics.jsonl").exists, 60, lambda: jobs.told(names["stopped"]))
+    wait_for((folder / "stopped/metrics.jsonl").exists, 120, lambda: jobs.told(names["stopped"]))
     names["after"] = jobs.submit(f"--dependency=afterok:{names['stopped']}", "--wrap", f"ls {folder}/stopped")
     names["typo"] = jobs.run(1, given=overrides(folder / "typo", "epoch=1"))
     names["first"] = jobs.submit("--wrap", "sleep 1")
@@ -79,14 +79,14 @@ def submitted(jobs, overrides, tmp_path_factory):
         [*launcher, "launch/nft.py", RECIPE, *overrides(folder / "straight", *SETTINGS)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     log = jobs.folder / f"{names['seeds']}_1/attempt-0/rank-0.log"
-    wait_for(lambda: log.exists() and "epoch 0/2" in log.read_text(), 90, lambda: jobs.told(names["seeds"]))
+    wait_for(lambda: log.exists() and "epoch 0/2" in log.read_text(), 240, lambda: jobs.told(names["seeds"]))
     ask("scancel", "--signal=USR1", f"{names['seeds']}_1", environment=jobs.environment)
     output = jobs.folder / f"{names['stopped']}.out"
-    wait_for(lambda: "requeued" in output.read_text(), 120, lambda: jobs.told(names["stopped"]))
+    wait_for(lambda: "requeued" in output.read_text(), 240, lambda: jobs.told(names["stopped"]))
     ask("scontrol", "update", f"JobId={names['stopped']}", "TimeLimit=10", environment=jobs.environment)
     return folder, names
 
@@ -94,7 +94,7 @@ def submitted(jobs, overrides, tmp_path_factory):
 def test_a_job_is_stopped_before_its_time_is_over_and_goes_on_bit_for_bit_when_requeued(jobs, submitted, digests, rows):
     folder, names = submitted
     job = names["stopped"]
-    jobs.wait(job, "COMPLETED", 200)
+    jobs.wait(job, "COMPLETED", 400)
     assert jobs.show(job, "Restarts") == "1" and jobs.show(job, "ExitCode") == "0:0"
     output = (jobs.folder / f"{job}.out").read_text()
     assert re.search(rf"stopped by a signal after epoch \d+ of {EPOCHS}: requeued", output), output
@@ -111,7 +111,7 @@ def test_a_job_is_stopped_before_its_time_is_over_and_goes_on_bit_for_bit_when_r
 def test_a_dependent_array_trains_one_run_a_seed_of_which_only_the_stopped_one_is_requeued(jobs, submitted):
     folder, names = submitted
     array = names["seeds"]
-    jobs.wait(names["last"], "COMPLETED", 200)  # it depends on the whole array
+    jobs.wait(names["last"], "COMPLETED", 400)  # it depends on the whole array
     assert (jobs.folder / f"{names['last']}.out").read_text().count("lora.safetensors") == 2
     attempts = [sorted(p.name for p in (jobs.folder / f"{array}_{seed}").glob("attempt-*")) for seed in (0, 1)]
     assert attempts == [["attempt-0"], ["attempt-0", "attempt-1"]]

@@ -58,3 +58,8 @@ def test_arms_are_compared_with_the_first(tmp_path):
 def test_a_folder_without_evaluations_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no evaluated run"):
         read_curve(tmp_path)
+
+
+def test_an_arm_that_begins_above_the_target_has_spent_nothing(tmp_path):
+    runs = [write(tmp_path / name, values, 10.0) for name, values in (("slow", [1.0, None, 3.0]), ("above", [5.0]))]
+    assert any("- less" in line for line in table([read_curve(run) for run in runs], "truth", 2.0))

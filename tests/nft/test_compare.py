@@ -29,6 +29,7 @@ def test_a_target_is_reached_in_proportion_between_two_evaluations(tmp_path):
         "decode": [0.0] * 3,
         "score": [0.0] * 3,
         "audit": [0.0] * 3,
+        "meet": [0.0] * 3,
     }
     assert set(curve.measures) == {"total", "truth"}
     found = reached(curve, "truth", 3.0)

@@ -61,9 +61,9 @@ def alone(call: Callable[[], Any], accelerator: "Accelerator") -> float:
 
 
 def measure_here(recipe: "Recipe", accelerator: "Accelerator", epochs: int) -> dict[str, Any]:
-    """This process's seconds of each epoch that counts, what it met others in of them, and of its collectives alone.
+    """This process's seconds of each epoch that counts, those it met others in, those of a CPU, and its collectives'.
 
-    `gradient` is an all-reduce of as many bytes as the gradient has, `meeting` one meeting of the processes.
+    `gradient` is an all-reduce of as many bytes as the gradient has, `meeting` one meeting, both by themselves.
     """
     import torch
 
@@ -73,11 +73,12 @@ def measure_here(recipe: "Recipe", accelerator: "Accelerator", epochs: int) -> d
     device, rows = accelerator.device, []
     for _ in range(epochs + 1):
         trainer.timings.take()
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         trainer.run_epoch()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        rows.append((time.perf_counter() - start, trainer.timings.take().get("seconds/meet", 0.0)))
+        met = trainer.timings.take().get("seconds/meet", 0.0)
+        rows.append((time.perf_counter() - start, met, time.process_time() - worked))
     if trainer.tracker is not None:
         trainer.tracker.close()
     count = sum(parameter.numel() for parameter in trainer.backend.parameters)
@@ -86,6 +87,7 @@ def measure_here(recipe: "Recipe", accelerator: "Accelerator", epochs: int) -> d
     return {
         "seconds": [row[0] for row in rows[1:]],
         "meet": [row[1] for row in rows[1:]],
+        "cpu": [row[2] for row in rows[1:]],
         "adapter_parameters": count,
         "gradient": 0.0 if lone else alone(lambda: torch.distributed.all_reduce(gradient), accelerator),
         "meeting": 0.0 if lone else alone(lambda: accelerator.gather(said), accelerator),
@@ -121,7 +123,8 @@ def row_of(found: list[dict[str, Any]], recipe: "Recipe") -> dict[str, Any]:
     """What all processes of one measurement found, in one row: medians over its epochs.
 
     An epoch is as long as its slowest process. `meet_share` is the mean over processes of the time in which one meets
-    the others, waiting included; `gradient_share` and `meetings_share` are the collectives by themselves.
+    the others, waiting included; `gradient_share` and `meetings_share` are the collectives by themselves. `cpu_share`
+    is how much of a core one had: on a CPU below 1 less `meet_share` where the machine had other work too.
     """
     from nft.communication import bytes_per_epoch
 
@@ -129,6 +132,7 @@ def row_of(found: list[dict[str, Any]], recipe: "Recipe") -> dict[str, Any]:
     epochs = list(zip(*(one["seconds"] for one in found), strict=True))
     meets = list(zip(*(one["meet"] for one in found), strict=True))
     seconds = median(max(epoch) for epoch in epochs)
+    shares = [cpu / one_epoch for one in found for cpu, one_epoch in zip(one["cpu"], one["seconds"])]
     messages = bytes_per_epoch(recipe, found[0]["adapter_parameters"], processes)
     meetings = sum(message.times for message in messages if message.how == "gather")
     gradient, meeting = (mean(one[name] for one in found) for name in ("gradient", "meeting"))
@@ -138,6 +142,7 @@ def row_of(found: list[dict[str, Any]], recipe: "Recipe") -> dict[str, Any]:
         "images_per_second": samples / seconds,
         "images_per_second_per_process": samples / seconds / processes,
         "meet_share": median(mean(meet) / max(epoch) for meet, epoch in zip(meets, epochs)),
+        "cpu_share": median(shares),
         "gradient_seconds": gradient,
         "gradient_share": gradient * recipe.train.updates_per_epoch / seconds,
         "meeting_seconds": meeting,
@@ -180,19 +185,21 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
     """The table of what was measured."""
     first = rows[0]["images_per_second_per_process"]
     told = [
-        f"{'processes':>9}{'s an epoch':>12}{'images/s':>10}{'a process':>11}{'of the first':>14}{'meeting':>9}"
-        f"{'all-reduce':>12}{'messages':>10}"
+        f"{'processes':>9}{'s an epoch':>12}{'images/s':>10}{'a process':>11}{'of the first':>14}{'of a core':>11}"
+        f"{'meeting':>9}{'all-reduce':>12}{'messages':>10}"
     ]
     for row in rows:
         each = row["images_per_second_per_process"]
         told.append(
             f"{row['processes']:9}{row['epoch_seconds']:12.3f}{row['images_per_second']:10.2f}{each:11.2f}"
-            f"{each / first:14.1%}{row['meet_share']:9.1%}{row['gradient_share']:12.2%}{row['meetings_share']:10.2%}"
+            f"{each / first:14.1%}{row['cpu_share']:11.1%}{row['meet_share']:9.1%}{row['gradient_share']:12.2%}"
+            f"{row['meetings_share']:10.2%}"
         )
     return [
         *told,
-        "shares of an epoch's time: meeting the others, waiting included; an all-reduce of the gradient's bytes by",
-        "itself, of which training hides a part behind its backward pass; the meetings' messages by themselves",
+        "shares of an epoch's time: in which a process had a core, less where other work runs beside it; meeting the",
+        "others, waiting included; an all-reduce of the gradient's bytes by itself, of which training hides a part",
+        "behind its backward pass; the meetings' messages by themselves",
     ]
 
 

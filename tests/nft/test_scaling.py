@@ -128,13 +128,13 @@ def test_an_epoch_that_grows_keeps_each_gpus_work():
 
 def test_a_row_takes_the_slowest_process_of_each_epoch():
     recipe = full(groups=16, group_size=8, micro_batch=8)
-    first = {"seconds": [2.0, 4.0, 9.0], "meet": [0.0, 1.0, 0.0]}
-    second = {"seconds": [3.0, 3.0, 8.0], "meet": [1.0, 1.0, 0.0]}
+    first = {"seconds": [2.0, 4.0, 9.0], "meet": [0.0, 1.0, 0.0], "cpu": [2.0, 1.0, 9.0]}
+    second = {"seconds": [3.0, 3.0, 8.0], "meet": [1.0, 1.0, 0.0], "cpu": [1.5, 3.0, 4.0]}
     alone = {"gradient": 0.25, "meeting": 0.01, "adapter_parameters": 10}
     row = scaling.row_of([first | alone, second | alone], recipe)
     assert row["epoch_seconds"] == 4 and row["images_per_second"] == 32
     assert row["images_per_second_per_process"] == 16 and row["gradient_share"] == 0.25 / 4
-    assert row["meet_share"] == pytest.approx(0.5 / 3)
+    assert row["meet_share"] == pytest.approx(0.5 / 3) and row["cpu_share"] == 0.75
     # Nine meetings of the rollout and eight of the training.
     assert row["meetings_share"] == pytest.approx(17 * 0.01 / 4)
     assert row["bytes_per_epoch"] == 40 + 16 + 4 * 8 * 128 + 17 * 24

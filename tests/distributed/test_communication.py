@@ -1,0 +1,105 @@
+"""Two processes exchange what nft.communication counts, and nothing else: no weight, latent, picture or embedding."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from launching import RECIPE, start
+
+from nft.communication import Message, bytes_per_epoch, bytes_per_evaluation
+from nft.config import load_recipe
+
+WORKER = Path(__file__).with_name("counting.py")
+HOW = {"allreduce_": "reduce", "allgather_": "gather"}
+# Nine samples in five micro batches, the last one short, in two optimizer steps; five held-out pictures.
+UNEVEN = ("rollout.groups=3", "rollout.group_size=3", "rollout.micro_batch=2", "train.updates_per_epoch=2")
+RUNS = {
+    "full": (*UNEVEN, "evaluation.samples=5", "evaluation.metrics=['miniature.measures:checker']"),
+    "stopped": (
+        *UNEVEN,
+        "rewards=[{kind: value, value_model: miniature/weights/value/aesthetic}]",
+        "rollout.stop_window=[1,2]",
+        "audit.every=1",
+        "audit.samples=8",
+        "audit.least_spearman=-1",
+        "audit.most_slope=1e6",
+    ),
+}
+HEADERS = 1024  # bytes that gloo adds to a collective, at most; nine latents would be 36,864 more
+
+
+@pytest.fixture(scope="module")
+def found(overrides, tmp_path_factory):
+    """By run: its recipe, and what crossed."""
+    folder = tmp_path_factory.mktemp("communication")
+    given = {name: overrides(folder / name, *more) for name, more in RUNS.items()}
+    plan = [
+        {"recipe": RECIPE, "overrides": settings, "out": str(folder / f"{name}.json")}
+        for name, settings in given.items()
+    ]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    done = start("ddp", 2, WORKER, folder / "plan.json", timeout=150)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        name: (load_recipe(RECIPE, settings), json.loads((folder / f"{name}.json").read_text()))
+        for name, settings in given.items()
+    }
+
+
+def seen(part: dict) -> Counter:
+    """(how, bytes of one process) -> times."""
+    return Counter({(HOW.get(name, name), size): times for name, size, times in part["collectives"]})
+
+
+def expected(messages: list[Message]) -> Counter:
+    whole: Counter = Counter()
+    for message in messages:
+        whole[message.how, message.size] += int(message.times)
+    return whole
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_epoch_moves_gradients_and_scores_and_nothing_else(found, name):
+    recipe, run = found[name]
+    messages = bytes_per_epoch(recipe, run["adapter_parameters"], 2)
+    # The miniature's gradient fits one of DDP's buckets, so that every collective is known by its size.
+    assert seen(run["second"]) == expected(messages)
+    assert ("reduce", 4 * run["adapter_parameters"]) in seen(run["second"])
+    assert any("audit" in message.what for message in messages) == (name == "stopped")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_first_epoch_adds_only_the_order_of_ddps_buckets(found, name):
+    _, run = found[name]
+    added = seen(run["first"]) - seen(run["second"])
+    assert not seen(run["second"]) - seen(run["first"])
+    # Which bucket each of the gradients is in, a few numbers more, and how many those are: int32.
+    assert {how for how, _ in added} == {"broadcast_"} and sum(size for _, size in added) < 1024
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_evaluation_moves_measures_and_the_grid_in_bytes(found, name):
+    recipe, run = found[name]
+    assert seen(run["evaluation"]) == expected(bytes_per_evaluation(recipe, 2))
+    assert ("reduce", 4 * 3 * 64 * 64) in seen(run["evaluation"])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_network_crosses_once_when_ddp_takes_it_up(found, name):
+    """Which shows too that weights are seen by the count where they do cross."""
+    _, run = found[name]
+    assert run["network_bytes"] > 30e6
+    assert seen(run["start"])["broadcast_", run["network_bytes"]] == 1
+    for part in ("first", "second", "evaluation"):
+        assert max(size for _, size in seen(run[part])) < run["network_bytes"] / 50
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_sockets_send_no_more_than_the_collectives(found, name):
+    recipe, run = found[name]
+    if run["second"]["sent"] is None:
+        pytest.skip("this system does not tell what its sockets sent")
+    messages = bytes_per_epoch(recipe, run["adapter_parameters"], 2)
+    counted = sum(message.sent(2) for message in messages)
+    assert counted <= run["second"]["sent"] <= counted + HEADERS * sum(message.times for message in messages)

@@ -61,10 +61,10 @@ def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> 
         # Each reward and their sum; which prompt a sample is of; where its rollout stopped.
         Message("rewards", "reduce", len(recipe.rewards) + 1, scores),
         Message("groups and tau", "reduce", 2, scores),
-        Message("meetings of the rollout", "gather", 1 + most(geometry), MEETING),
-        Message("meetings of the training", "gather", rounds, MEETING),
+        Message("meetings of the rollout", "reduce", 1 + most(geometry), MEETING),
+        Message("meetings of the training", "reduce", rounds, MEETING),
         Message("audit: values and rewards", "reduce", 2 * audits, scores),
-        Message("audit: meeting", "gather", audits, MEETING),
+        Message("audit: meeting", "reduce", audits, MEETING),
     ]
     return [message for message in found if message.times]
 
@@ -79,13 +79,13 @@ def bytes_per_evaluation(recipe: Recipe, processes: int) -> list[Message]:
     return [
         Message("evaluation: measures", "reduce", measures, SCORE * count),
         Message("evaluation: picture grid", "reduce", 1, recipe.evaluation.grid * 3 * side * side),
-        Message("evaluation: meetings", "gather", 1 + max(batches), MEETING),
+        Message("evaluation: meetings", "reduce", 1 + max(batches), MEETING),
     ]
 
 
 def most(geometry: Geometry) -> int:
     """Micro batches of the process that has the most."""
-    return max(len(geometry.own(rank)) for rank in range(geometry.processes))
+    return max(map(len, geometry.deal()))
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,10 @@ def _flops(recipe: Recipe, geometry: Geometry, found: Costs, stops: Sequence[flo
         sum(stops[n // geometry.group_size] * found.forward_flops + after for n in samples) for samples in members
     ]
     training = [len(samples) * phases["train"] for samples in members]
-    ranks = range(geometry.processes)
-    waited = _rounds(rollout, [geometry.own(rank) for rank in ranks])
+    dealt = geometry.deal([sum(stops[n // geometry.group_size] for n in samples) for samples in members])
+    waited = _rounds(rollout, dealt)
     for update in range(geometry.updates):
-        waited += _rounds(training, [geometry.own_in(rank, update) for rank in ranks])
+        waited += _rounds(training, [geometry.trained_in(update, own) for own in dealt])
     return (sum(rollout) + sum(training)) / geometry.processes, waited
 
 

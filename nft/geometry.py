@@ -1,9 +1,9 @@
 """Who works on what: an epoch's samples, cut into micro batches, dealt to any number of processes."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nft.config import Recipe
-from stitchvm_reward.runs.geometry import share
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,21 @@ class Geometry:
         """Sample indices of a micro batch; the last one may be short."""
         return list(range(batch * self.micro_batch, min((batch + 1) * self.micro_batch, self.samples)))
 
-    def own(self, rank: int) -> range:
-        """Micro batches of one process."""
-        return share(self.batches, rank, self.processes)
+    def deal(self, costs: Sequence[float] | None = None) -> list[list[int]]:
+        """Every process's micro batches in the order of their rollouts; `costs` are the rollouts', by default equal.
 
-    def own_in(self, rank: int, update: int) -> list[int]:
-        """Micro batches that a process trains on in one optimizer step."""
-        return [batch for batch in self.own(rank) if batch % self.updates == update]
+        Processes meet after each one: dealt in the order of their costs, those that meet have taken equally long.
+        """
+        costs = [0.0] * self.batches if costs is None else costs
+        by_cost = costs.__getitem__
+        dealt = [
+            b for update in range(self.updates) for b in sorted(range(update, self.batches, self.updates), key=by_cost)
+        ]
+        return [sorted(dealt[rank :: self.processes], key=by_cost) for rank in range(self.processes)]
+
+    def trained_in(self, update: int, own: Iterable[int]) -> list[int]:
+        """Which of a process's micro batches one optimizer step uses, in the order that they are trained on."""
+        return sorted(batch for batch in own if batch % self.updates == update)
 
     def samples_in(self, update: int) -> int:
         """Samples that one optimizer step uses over all processes."""
@@ -46,7 +54,7 @@ class Geometry:
 
     def rounds(self, update: int) -> int:
         """Micro batches that every process must run in one optimizer step, short ones with empty ones."""
-        return max(len(self.own_in(rank, update)) for rank in range(self.processes))
+        return max(len(self.trained_in(update, own)) for own in self.deal())
 
 
 def geometry_of(recipe: Recipe, processes: int) -> Geometry:

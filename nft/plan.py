@@ -244,7 +244,7 @@ def announce(recipe: Recipe, processes: int, tell: Callable[[str], None]) -> dic
 def work_lines(recipe: Recipe, processes: int) -> list[str]:
     """What a run will do, from its recipe alone."""
     rollout, train, geometry = recipe.rollout, recipe.train, geometry_of(recipe, processes)
-    shares = [len(geometry.own(rank)) for rank in range(processes)]
+    shares = [len(own) for own in geometry.deal()]
     shares_text = f"{min(shares)}" if min(shares) == max(shares) else f"{min(shares)} to {max(shares)}"
     rounds = sum(geometry.rounds(update) for update in range(train.updates_per_epoch))
     choice = f"{train.levels_per_sample} of {rollout.steps} grid" if train.levels == "grid" else "continuous"

@@ -134,7 +134,7 @@ def row_of(found: list[dict[str, Any]], recipe: "Recipe") -> dict[str, Any]:
     seconds = median(max(epoch) for epoch in epochs)
     shares = [cpu / one_epoch for one in found for cpu, one_epoch in zip(one["cpu"], one["seconds"])]
     messages = bytes_per_epoch(recipe, found[0]["adapter_parameters"], processes)
-    meetings = sum(message.times for message in messages if message.how == "gather")
+    meetings = sum(message.times for message in messages if "meeting" in message.what)
     gradient, meeting = (mean(one[name] for one in found) for name in ("gradient", "meeting"))
     return {
         "processes": processes,

@@ -151,7 +151,8 @@ class Trainer:
     def collect(self, epoch: int) -> list[Rollout]:
         """This process's rollouts of an epoch by the old policy, scored."""
         chosen = epoch_prompts(len(self.prompts), self.geometry.groups, self.recipe.seed, epoch)
-        own = self.geometry.own(self.accelerator.process_index)
+        steps = [sum(self._stops(epoch, self.geometry.members(batch))) for batch in range(self.geometry.batches)]
+        own = self.geometry.deal(steps)[self.accelerator.process_index]
         ours = sorted({chosen[n // self.geometry.group_size] for batch in own for n in self.geometry.members(batch)})
         table = self.embeddings.conditions([self.prompts[prompt] for prompt in ours or [0]])
 
@@ -274,12 +275,11 @@ class Trainer:
 
     def update(self, epoch: int, rollouts: list[Rollout]) -> dict[str, float]:
         """The epoch's optimizer steps; returns their mean loss terms and gradient norm."""
-        by_batch = dict(zip(self.geometry.own(self.accelerator.process_index), rollouts, strict=True))
+        by_batch = {rollout.samples[0] // self.geometry.micro_batch: rollout for rollout in rollouts}
         sums = torch.zeros(4, device=self.accelerator.device)
         with self.timings.phase("train"):
             for update in self._bar(range(self.geometry.updates), f"epoch {epoch + 1} train"):
-                own = self.geometry.own_in(self.accelerator.process_index, update)
-                batches = [by_batch[batch] for batch in own]
+                batches = [by_batch[batch] for batch in self.geometry.trained_in(update, by_batch)]
                 sums += optimizer_step(self, epoch, update, batches)
         policy, kl, deviation, norm = (sums / self.geometry.updates).tolist()
         return {

@@ -90,8 +90,9 @@ class Agreement:
             asked, failed, most = mine
         else:
             with self.timings.meeting():
-                whole = self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device))
-                asked, failed, most = whole.amax(0).tolist()
+                largest = torch.tensor(mine, device=self.accelerator.device)
+                torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+                asked, failed, most = largest.tolist()
         self.timings.move()
         if failed:
             told = [text for text in gather_object([None if error is None else str(error)]) if text is not None]

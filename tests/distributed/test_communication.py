@@ -5,10 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from launching import RECIPE, start
 
 from nft.communication import Message, bytes_per_epoch, bytes_per_evaluation
 from nft.config import load_recipe
+from tests.distributed.launching import start
+from tests.tiny import RECIPE
 
 WORKER = Path(__file__).with_name("counting.py")
 HOW = {"allreduce_": "reduce", "allgather_": "gather"}

@@ -53,16 +53,16 @@ def test_the_bytes_of_the_published_geometry():
         "loss sums": ("reduce", 1, 16),
         "rewards": ("reduce", 2, 8 * 1152),
         "groups and tau": ("reduce", 2, 8 * 1152),
-        "meetings of the rollout": ("gather", 1 + 18, 24),
-        "meetings of the training": ("gather", 18, 24),
+        "meetings of the rollout": ("reduce", 1 + 18, 24),
+        "meetings of the training": ("reduce", 18, 24),
         "audit: values and rewards": ("reduce", 0.2, 8 * 1152),
-        "audit: meeting": ("gather", 0.1, 24),
+        "audit: meeting": ("reduce", 0.1, 24),
     }
     evaluation = {m.what: (m.how, m.times, m.size) for m in bytes_per_evaluation(load_recipe(EIGHT), 8)}
     assert evaluation == {
         "evaluation: measures": ("reduce", 2, 8 * 128),
         "evaluation: picture grid": ("reduce", 1, 16 * 3 * 512 * 512),
-        "evaluation: meetings": ("gather", 1 + 2, 24),
+        "evaluation: meetings": ("reduce", 1 + 2, 24),
     }
 
 

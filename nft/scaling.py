@@ -83,14 +83,14 @@ def measure_here(recipe: "Recipe", accelerator: "Accelerator", epochs: int) -> d
         trainer.tracker.close()
     count = sum(parameter.numel() for parameter in trainer.backend.parameters)
     lone = accelerator.num_processes == 1
-    gradient, said = torch.zeros(count, device=device), torch.zeros(1, 3, dtype=torch.int64, device=device)
+    gradient, said = torch.zeros(count, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     return {
         "seconds": [row[0] for row in rows[1:]],
         "meet": [row[1] for row in rows[1:]],
         "cpu": [row[2] for row in rows[1:]],
         "adapter_parameters": count,
         "gradient": 0.0 if lone else alone(lambda: torch.distributed.all_reduce(gradient), accelerator),
-        "meeting": 0.0 if lone else alone(lambda: accelerator.gather(said), accelerator),
+        "meeting": 0.0 if lone else alone(lambda: torch.distributed.all_reduce(said), accelerator),
     }
 
 

@@ -130,8 +130,8 @@ def torture(folder: Path, times: int, seed: int, processes: int, backend: str = 
     began = time.monotonic()
     assert straight.process.wait(PATIENCE) == 0, straight.log.read_text()[-3000:]
     epoch = (time.monotonic() - began) / EPOCHS
-    saves, turn, run = 0, 0, Run(backend, processes, folder / "killed-0", prompts)
-    for number in range(times):
+    kills, saves, turn, run = 0, 0, 0, Run(backend, processes, folder / "killed-0", prompts)
+    while kills < times:
         run.start()
         wait = draw.uniform(0, 1.5 * epoch)
         end, in_save = time.monotonic() + wait, draw.random() < 0.4
@@ -140,13 +140,13 @@ def torture(folder: Path, times: int, seed: int, processes: int, backend: str = 
             time.sleep(0.0005)
         if run.process.poll() is None:
             hit = run.saving()
-            saves += hit
+            kills, saves = kills + 1, saves + hit
             told = run.kill(draw)
             what = f"{told} {wait:.2f} s after its start" + (", in a save" if hit else "")
         else:
             assert run.process.returncode == 0, run.log.read_text()[-3000:]
             what = "came to its end first"
-        print(f"{number + 1:3}  {run.out.name}: {what}; {check(run, straight.out)}", flush=True)
+        print(f"{kills:3}  {run.out.name}: {what}; {check(run, straight.out)}", flush=True)
         if len(checkpoint.complete(run.out / "checkpoints")) == EPOCHS:
             finish(run, straight.out)
             turn += 1

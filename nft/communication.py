@@ -23,13 +23,9 @@ EPOCHS = 4  # whose stops an estimate averages
 
 @dataclass(frozen=True)
 class Message:
-    """One kind of collective: `times` of them, and the bytes that each process hands to one.
-
-    `how` is reduce (every process gets the sum) or gather (every process gets what each handed over).
-    """
+    """One kind of reduction over all processes: `times` of them, and the bytes that each process hands to one."""
 
     what: str
-    how: str
     times: float
     size: int
 
@@ -40,8 +36,7 @@ class Message:
 
     def sent(self, processes: int) -> float:
         """Bytes that each process sends for them in a ring, on average."""
-        steps = 2 * (processes - 1) / processes if self.how == "reduce" else processes - 1
-        return steps * self.bytes
+        return 2 * (processes - 1) / processes * self.bytes
 
 
 def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> list[Message]:
@@ -56,15 +51,15 @@ def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> 
     scores = SCORE * geometry.samples
     audits = 1 / recipe.audit.every if recipe.audit.every else 0.0
     found = [
-        Message("gradients", "reduce", updates, GRADIENT * adapter_parameters),
-        Message("loss sums", "reduce", updates, LOSS_SUMS),
+        Message("gradients", updates, GRADIENT * adapter_parameters),
+        Message("loss sums", updates, LOSS_SUMS),
         # Each reward and their sum; which prompt a sample is of; where its rollout stopped.
-        Message("rewards", "reduce", len(recipe.rewards) + 1, scores),
-        Message("groups and tau", "reduce", 2, scores),
-        Message("meetings of the rollout", "reduce", 1 + most(geometry), MEETING),
-        Message("meetings of the training", "reduce", rounds, MEETING),
-        Message("audit: values and rewards", "reduce", 2 * audits, scores),
-        Message("audit: meeting", "reduce", audits, MEETING),
+        Message("rewards", len(recipe.rewards) + 1, scores),
+        Message("groups and tau", 2, scores),
+        Message("meetings of the rollout", 1 + most(geometry), MEETING),
+        Message("meetings of the training", rounds, MEETING),
+        Message("audit: values and rewards", 2 * audits, scores),
+        Message("audit: meeting", audits, MEETING),
     ]
     return [message for message in found if message.times]
 
@@ -77,9 +72,9 @@ def bytes_per_evaluation(recipe: Recipe, processes: int) -> list[Message]:
     batches = [-(-len(share(count, rank, processes)) // recipe.rollout.micro_batch) for rank in range(processes)]
     measures = len(recipe.rewards) + 1 + len(recipe.evaluation.metrics)
     return [
-        Message("evaluation: measures", "reduce", measures, SCORE * count),
-        Message("evaluation: picture grid", "reduce", 1, recipe.evaluation.grid * 3 * side * side),
-        Message("evaluation: meetings", "reduce", 1 + max(batches), MEETING),
+        Message("evaluation: measures", measures, SCORE * count),
+        Message("evaluation: picture grid", 1, recipe.evaluation.grid * 3 * side * side),
+        Message("evaluation: meetings", 1 + max(batches), MEETING),
     ]
 
 
@@ -108,12 +103,11 @@ class Cluster:
     def seconds(self, message: Message, processes: int) -> float:
         """Time of all messages of a kind, nothing of them hidden behind computation.
 
-        Bytes go round a ring; a reduction takes as many steps as a tree there and back, a gather those of its ring.
+        Bytes go round a ring; a reduction takes as many steps as a tree there and back.
         """
         if processes == 1:
             return 0.0
-        tree, ring = 2 * math.ceil(math.log2(processes)), processes - 1
-        steps = tree if message.how == "reduce" else ring
+        steps = 2 * math.ceil(math.log2(processes))
         bandwidth = self.inside if processes <= self.node else self.between
         return message.sent(processes) / bandwidth + message.times * steps * self.latency
 
@@ -190,9 +184,9 @@ def estimate(recipe: Recipe, found: Costs, processes: int, cluster: Cluster) -> 
 
 def message_lines(messages: list[Message], processes: int) -> list[str]:
     """A table of messages."""
-    told = [f"{'message':28}{'how':>8}{'times':>8}{'bytes each':>14}{'bytes':>14}{'sent a process':>16}"]
+    told = [f"{'message':28}{'times':>8}{'bytes each':>14}{'bytes':>14}{'sent a process':>16}"]
     for m in messages:
-        told.append(f"{m.what:28}{m.how:>8}{m.times:8.4g}{m.size:14,}{m.bytes:14,.0f}{m.sent(processes):16,.0f}")
+        told.append(f"{m.what:28}{m.times:8.4g}{m.size:14,}{m.bytes:14,.0f}{m.sent(processes):16,.0f}")
     return told
 
 

@@ -47,22 +47,22 @@ def full(**rollout) -> Recipe:
 
 
 def test_the_bytes_of_the_published_geometry():
-    found = {m.what: (m.how, m.times, m.size) for m in bytes_per_epoch(load_recipe(EIGHT), PARAMETERS, 8)}
+    found = {m.what: (m.times, m.size) for m in bytes_per_epoch(load_recipe(EIGHT), PARAMETERS, 8)}
     assert found == {
-        "gradients": ("reduce", 1, 75_104_256),
-        "loss sums": ("reduce", 1, 16),
-        "rewards": ("reduce", 2, 8 * 1152),
-        "groups and tau": ("reduce", 2, 8 * 1152),
-        "meetings of the rollout": ("reduce", 1 + 18, 24),
-        "meetings of the training": ("reduce", 18, 24),
-        "audit: values and rewards": ("reduce", 0.2, 8 * 1152),
-        "audit: meeting": ("reduce", 0.1, 24),
+        "gradients": (1, 75_104_256),
+        "loss sums": (1, 16),
+        "rewards": (2, 8 * 1152),
+        "groups and tau": (2, 8 * 1152),
+        "meetings of the rollout": (1 + 18, 24),
+        "meetings of the training": (18, 24),
+        "audit: values and rewards": (0.2, 8 * 1152),
+        "audit: meeting": (0.1, 24),
     }
-    evaluation = {m.what: (m.how, m.times, m.size) for m in bytes_per_evaluation(load_recipe(EIGHT), 8)}
+    evaluation = {m.what: (m.times, m.size) for m in bytes_per_evaluation(load_recipe(EIGHT), 8)}
     assert evaluation == {
-        "evaluation: measures": ("reduce", 2, 8 * 128),
-        "evaluation: picture grid": ("reduce", 1, 16 * 3 * 512 * 512),
-        "evaluation: meetings": ("reduce", 1 + 2, 24),
+        "evaluation: measures": (2, 8 * 128),
+        "evaluation: picture grid": (1, 16 * 3 * 512 * 512),
+        "evaluation: meetings": (1 + 2, 24),
     }
 
 
@@ -78,12 +78,12 @@ def test_one_process_says_nothing():
     assert estimate(recipe, COSTS, 1, CLUSTER)["efficiency"] == 1
 
 
-def test_a_reduction_goes_round_twice_and_a_gather_once():
-    reduced, gathered = Message("a", "reduce", 3, 800), Message("b", "gather", 3, 800)
-    assert reduced.sent(8) == 3 * 800 * 2 * 7 / 8 and gathered.sent(8) == 3 * 800 * 7
+def test_a_reductions_bytes_go_round_twice():
+    reduced = Message("a", 3, 800)
+    assert reduced.sent(8) == 3 * 800 * 2 * 7 / 8
     cluster = Cluster(inside=1e3, between=1e2, latency=0.5)
     assert cluster.seconds(reduced, 8) == pytest.approx(4.2 + 3 * 6 * 0.5)
-    assert cluster.seconds(gathered, 16) == pytest.approx(360 + 3 * 15 * 0.5)
+    assert cluster.seconds(reduced, 16) == pytest.approx(45 + 3 * 8 * 0.5)
     assert cluster.seconds(reduced, 1) == 0
 
 

@@ -16,7 +16,7 @@ EPOCHS = 5
 NAMES = {
     "unreduced": "gradients that are not reduced (ddp)",
     "moments": "Adam's moments lost at a restart after two epochs (one process)",
-    "old": "the old adapter lost there (one process)",
+    "old": "the old adapter begun anew there (one process)",
 }
 
 

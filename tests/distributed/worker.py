@@ -4,7 +4,7 @@ Each run is {"recipe": ..., "overrides": [...], "out": FOLDER, "fault": null}. E
 in the epoch that the run begins or goes on with in FOLDER/epoch-E-rank-N.safetensors; the run itself leaves metrics and
 checkpoints there.
 A fault is one to look out for: `unreduced` gradients stay on the process that computed them, a restart loses Adam's
-`moments`, or the `old` adapter, which becomes the current one. A run under recipes/stitch builds a value model.
+`moments`, or the `old` adapter, which begins anew. A run under recipes/stitch builds a value model.
 """
 
 import contextlib
@@ -27,7 +27,9 @@ def train(run: dict, accelerator: Accelerator) -> None:
     if fault == "moments":
         trainer.backend.optimizer.state.clear()
     elif fault == "old":
-        trainer.policy.copy("current", "old")
+        for key, matrix in trainer.policy.tensors("old").items():
+            if key.endswith("lora_B"):
+                matrix.data.zero_()
     collected = {}
     for rollout in trainer.collect(trainer.epoch):
         for place, sample in enumerate(rollout.samples):

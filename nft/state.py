@@ -16,7 +16,8 @@ def capture(trainer: "Trainer", copy: bool = False) -> Snapshot:
     """The run's tensor files and JSON state as of now, by all processes together; `copy` keeps them so when it goes on.
 
     All three adapters, Adam's moments, the rate's schedule, counters, the audits, and the figures of an epoch whose
-    evaluation has still to come. Randomness needs nothing: it is addressed by seed, epoch and sample.
+    evaluation has still to come. Of randomness only the seed: it is addressed by that, epoch and sample. `prompt_key`
+    says which text encoders made the prompts' embeddings.
     """
     tensors = {"adapters": trainer.policy.state_dict(), "optimizer": trainer.backend.optimizer_tensors()}
     return kept(tensors) if copy else tensors, _counters(trainer)
@@ -29,6 +30,8 @@ def kept(tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
 
 def _counters(trainer: "Trainer") -> dict[str, Any]:
     return {
+        "seed": trainer.recipe.seed,
+        "prompt_key": trainer.embeddings.key,
         "epoch": trainer.epoch,
         "step": trainer.step,
         "skipped": trainer.skipped,
@@ -40,10 +43,16 @@ def _counters(trainer: "Trainer") -> dict[str, Any]:
 
 
 def restore(trainer: "Trainer", tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Put back what `capture` gave. Raises InputError for the state of a version that kept something else."""
+    """Put back what `capture` gave. Raises InputError for the state of a version that kept something else, or
+    where the text encoders have changed since."""
     if odd := sorted(state.keys() ^ _counters(trainer).keys()):
         raise InputError(
             f"the checkpoint was written by another version of this code (see {', '.join(odd)}): go on with that, or "
+            "give another out=FOLDER"
+        )
+    if state["prompt_key"] != trainer.embeddings.key:
+        raise InputError(
+            f"the text encoders of {trainer.recipe.model.path} are not those that this run began with: put them back, or "
             "give another out=FOLDER"
         )
     trainer.policy.load_state_dict(tensors["adapters"])

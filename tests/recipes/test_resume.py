@@ -110,6 +110,15 @@ def test_a_checkpoint_of_another_version_is_refused(half, make_trainer):
         make_trainer(half, f"epochs={EPOCHS}", *SETTINGS)
 
 
+def test_other_text_encoders_than_the_run_began_with_are_refused(half, make_trainer):
+    folder = half / "checkpoints/epoch-000003"
+    tensors, state = checkpoint.load(folder)
+    state["prompt_key"] = "another"
+    checkpoint.save(half / "checkpoints", 3, tensors, state, CheckpointRecipe(keep=9))
+    with pytest.raises(InputError, match=r"text encoders of .* are not those that this run began with"):
+        make_trainer(half, f"epochs={EPOCHS}", *SETTINGS)
+
+
 def test_running_a_finished_run_again_changes_nothing(half, train, digests, rows):
     before, file = (digests(half, 3), rows(half)), exported(half)
     train(half, "epochs=3", *SETTINGS)

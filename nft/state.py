@@ -52,8 +52,8 @@ def restore(trainer: "Trainer", tensors: dict[str, dict[str, Tensor]], state: di
         )
     if state["prompt_key"] != trainer.embeddings.key:
         raise InputError(
-            f"the text encoders of {trainer.recipe.model.path} are not those that this run began with: put them back, or "
-            "give another out=FOLDER"
+            f"the text encoders of {trainer.recipe.model.path} are not those that this run began with: put them back, "
+            "or give another out=FOLDER"
         )
     trainer.policy.load_state_dict(tensors["adapters"])
     trainer.policy.old_is_current = state["old_is_current"]

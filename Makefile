@@ -32,7 +32,7 @@ check: .venv/ready
 
 # A scheduler for tests/slurm, which are skipped where this cannot install it.
 slurm:
-	@command -v slurmctld >/dev/null && command -v munged >/dev/null || { timeout 120 apt-get update && \
+	@PATH="$$PATH:/usr/sbin:/sbin"; command -v slurmctld >/dev/null && command -v munged >/dev/null || { timeout 120 apt-get update && \
 		DEBIAN_FRONTEND=noninteractive timeout 180 apt-get install --yes --no-install-recommends slurm-wlm munge; \
 	} >/dev/null 2>&1 || echo "slurm-wlm and munge could not be installed: tests/slurm will be skipped"
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
+PLACES = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where daemons are, though not always looked for
 CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -47,7 +48,7 @@ def missing() -> str | None:
     """Why no cluster can be set up here, or None."""
     if os.geteuid() != 0:
         return "needs root, as whom SLURM's daemons run"
-    absent = [name for name in (*DAEMONS, "sbatch", "srun") if shutil.which(name) is None]
+    absent = [name for name in (*DAEMONS, "sbatch", "srun") if shutil.which(name, path=PLACES) is None]
     return f"needs {', '.join(absent)}: make slurm" if absent else None
 
 
@@ -94,7 +95,11 @@ def cluster(processors: int) -> Iterator[dict[str, str]]:
     try:
         for name, arguments in commands.items():
             with (folder / f"{name}.out").open("w") as file:
-                started.append(subprocess.Popen([name, *arguments], env=environment, stdout=file, stderr=file))
+                started.append(
+                    subprocess.Popen(
+                        [str(shutil.which(name, path=PLACES)), *arguments], env=environment, stdout=file, stderr=file
+                    )
+                )
             if name == "munged":
                 wait_for((folder / "munge.socket").exists, 20, lambda: _logs(folder))
         wait_for(lambda: "idle" in ask("sinfo", environment=environment), 30, lambda: _logs(folder))

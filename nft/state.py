@@ -9,7 +9,8 @@ from stitchvm_reward.errors import InputError
 if TYPE_CHECKING:
     from nft.trainer import Trainer
 
-Snapshot = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
+Tensors = dict[str, dict[str, Tensor]]
+Snapshot = tuple[Tensors, dict[str, Any]]
 
 
 def capture(trainer: "Trainer", copy: bool = False) -> Snapshot:
@@ -20,15 +21,16 @@ def capture(trainer: "Trainer", copy: bool = False) -> Snapshot:
     says which text encoders made the prompts' embeddings.
     """
     tensors = {"adapters": trainer.policy.state_dict(), "optimizer": trainer.backend.optimizer_tensors()}
-    return kept(tensors) if copy else tensors, _counters(trainer)
+    return kept(tensors) if copy else tensors, counters(trainer)
 
 
-def kept(tensors: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+def kept(tensors: Tensors) -> Tensors:
     """The tensors of a snapshot as they are now, in the CPU's memory."""
     return {file: {key: t.detach().to("cpu", copy=True) for key, t in part.items()} for file, part in tensors.items()}
 
 
-def _counters(trainer: "Trainer") -> dict[str, Any]:
+def counters(trainer: "Trainer") -> dict[str, Any]:
+    """The JSON state alone."""
     return {
         "seed": trainer.recipe.seed,
         "prompt_key": trainer.embeddings.key,
@@ -42,10 +44,10 @@ def _counters(trainer: "Trainer") -> dict[str, Any]:
     }
 
 
-def restore(trainer: "Trainer", tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+def restore(trainer: "Trainer", tensors: Tensors, state: dict[str, Any]) -> None:
     """Put back what `capture` gave. Raises InputError for the state of a version that kept something else, or
     where the text encoders have changed since."""
-    if odd := sorted(state.keys() ^ _counters(trainer).keys()):
+    if odd := sorted(state.keys() ^ counters(trainer).keys()):
         raise InputError(
             f"the checkpoint was written by another version of this code (see {', '.join(odd)}): go on with that, or "
             "give another out=FOLDER"

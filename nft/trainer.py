@@ -21,7 +21,7 @@ from nft.plan import announce
 from nft.prompts import check_prompts, epoch_prompts
 from nft.rollout import Rollout, roll_on, roll_out, sample, stop_step
 from nft.scoring import Scorer
-from nft.state import Snapshot, capture, kept, restore
+from nft.state import Snapshot, Tensors, capture, counters, kept, restore
 from nft.update import optimizer_step
 from stitchvm_reward.diffusion.generator import PromptEmbeddings
 from stitchvm_reward.diffusion.solvers import sigma_schedule
@@ -74,7 +74,7 @@ class Trainer:
         self.saved: int | None = None  # the epoch whose checkpoint was last given to it
         self.pending: dict[str, float] | None = None  # an epoch's figures while its evaluation has still to come
         self.optimality_now: Tensor | None = None
-        self.before: Snapshot | None = None  # the state to go back to while an epoch is under way
+        self.before: tuple[Tensors | None, dict] | None = None  # what to go back to while an epoch is under way
         self.agreement.together(self._resume)
         first = self.epoch + (self.pending is None) if self.epoch else 0
         self.tracker = Tracker(self.folder, first) if self.main else None
@@ -125,7 +125,8 @@ class Trainer:
 
     def run_epoch(self) -> dict[str, float]:
         """One round of rollout and update; until its end, `before` is what a run that is stopped goes back to."""
-        self.before = capture(self, copy=self.geometry.updates > 1)
+        # The one step of an epoch is its last act: until then the tensors stay as they are and need no copy.
+        self.before = capture(self, copy=True) if self.geometry.updates > 1 else (None, counters(self))
         rollouts = self.collect(self.epoch)
         metrics = self.cost | self.judge(rollouts)
         if "train/skipped" not in metrics:
@@ -140,10 +141,10 @@ class Trainer:
         """Save what a signal interrupted: the epoch under way is begun again, its evaluation is still to come."""
         if self.pending is not None:
             self.pending |= self.timings.take()
-        snapshot = self.before or capture(self)
-        epoch = snapshot[1]["epoch"]
+        tensors, state = self.before or (None, counters(self))
+        epoch = state["epoch"]
         if epoch != self.saved:
-            self._save(snapshot)
+            self._save((tensors or capture(self)[0], state))
         self.agreement.together(self.writer.wait)
         if self.main:
             tqdm.write(f"stopped by a signal after epoch {epoch} of {self.recipe.epochs}; run it again to go on")

@@ -20,6 +20,15 @@ TINY = (
     "evaluation.steps=2",
     "checkpoint.every=1",
 )
+# What makes a run one on rollouts that stop early: a value model, groups that stop at different steps, audits.
+STOPPED = (
+    "rewards=[{kind: value, value_model: miniature/weights/value/aesthetic}]",
+    "rollout.stop_window=[1,2]",
+    "audit.every=1",
+    "audit.samples=8",
+    "audit.least_spearman=-1",
+    "audit.most_slope=1e6",
+)
 
 
 def few_prompts(folder: Path) -> tuple[str, ...]:

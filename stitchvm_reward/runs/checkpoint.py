@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,8 @@ def _put_back(folder: Path) -> None:
     for away in folder.glob(f".epoch-*{AWAY}"):
         path = folder / away.name[1 : -len(AWAY)]
         if not path.exists() and damage(away) is None:
-            os.replace(away, path)
+            with suppress(OSError):  # another process of the run has done it meanwhile
+                os.replace(away, path)
 
 
 class Writer:

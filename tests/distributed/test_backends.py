@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launching import BACKENDS, EVEN, furthest, loss_apart, run_all, samples, weights
+from tests.tiny import STOPPED
 
 CLOSE = 1e-5
 # Nine samples in three micro batches, two optimizer steps an epoch, groups that stop at different steps, audits.
@@ -16,12 +17,7 @@ UNEVEN = (
     "rollout.micro_batch=4",
     "train.updates_per_epoch=2",
     "train.learning_rate=1e-4",
-    "rewards=[{kind: value, value_model: miniature/weights/value/aesthetic}]",
-    "rollout.stop_window=[1,2]",
-    "audit.every=1",
-    "audit.samples=8",
-    "audit.least_spearman=-1",
-    "audit.most_slope=1e6",
+    *STOPPED,
     "evaluation.samples=3",
     "evaluation.grid=1",
     "evaluation.steps=1",

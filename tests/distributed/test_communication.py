@@ -9,7 +9,7 @@ import pytest
 from nft.communication import Message, bytes_per_epoch, bytes_per_evaluation
 from nft.config import load_recipe
 from tests.distributed.launching import start
-from tests.tiny import RECIPE
+from tests.tiny import RECIPE, STOPPED
 
 WORKER = Path(__file__).with_name("counting.py")
 HOW = {"allreduce_": "reduce", "allgather_": "gather"}
@@ -17,15 +17,7 @@ HOW = {"allreduce_": "reduce", "allgather_": "gather"}
 UNEVEN = ("rollout.groups=3", "rollout.group_size=3", "rollout.micro_batch=2", "train.updates_per_epoch=2")
 RUNS = {
     "full": (*UNEVEN, "evaluation.samples=5", "evaluation.metrics=['miniature.measures:checker']"),
-    "stopped": (
-        *UNEVEN,
-        "rewards=[{kind: value, value_model: miniature/weights/value/aesthetic}]",
-        "rollout.stop_window=[1,2]",
-        "audit.every=1",
-        "audit.samples=8",
-        "audit.least_spearman=-1",
-        "audit.most_slope=1e6",
-    ),
+    "stopped": (*UNEVEN, *STOPPED),
 }
 HEADERS = 1024  # bytes that gloo adds to a collective, at most; nine latents would be 36,864 more
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.launcher import make_accelerator
 from tests.distributed.launching import WORKER, furthest, start
-from tests.tiny import RECIPE
+from tests.tiny import RECIPE, STOPPED
 
 EPOCHS = 3
 CLOSE = 1e-5
@@ -20,17 +20,6 @@ CLOSE = 1e-5
 CLOSE_WEIGHTS = 5e-5
 # Nine samples in five micro batches, the last one short, in two optimizer steps.
 UNEVEN = ("rollout.groups=3", "rollout.group_size=3", "rollout.micro_batch=2", "train.updates_per_epoch=2")
-# Groups that stop at different steps, scored by a value model, some of them audited.
-VALUE = "rewards=[{kind: value, value_model: miniature/weights/value/aesthetic}]"
-STOPPED = (
-    *UNEVEN,
-    VALUE,
-    "rollout.stop_window=[1,2]",
-    "audit.every=1",
-    "audit.samples=8",
-    "audit.least_spearman=-1",
-    "audit.most_slope=1e6",
-)
 # 64 images less 8 in steps of 20 and micro batches of 8: the last one short, and three for two processes.
 STITCHED = ("finetune.batch=20", "backbone.block=2", "reward.block=1")
 STITCH = "recipes/stitch/shapes_aesthetic.yaml"
@@ -65,12 +54,12 @@ def launch(overrides, small_stitch, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(launch):
-    return launch(1, {"uneven": UNEVEN, "stopped": STOPPED, "stitch": STITCHED})
+    return launch(1, {"uneven": UNEVEN, "stopped": (*UNEVEN, *STOPPED), "stitch": STITCHED})
 
 
 @pytest.fixture(scope="module")
 def two(launch):
-    return launch(2, {"uneven": UNEVEN, "stopped": STOPPED, "stitch": STITCHED})
+    return launch(2, {"uneven": UNEVEN, "stopped": (*UNEVEN, *STOPPED), "stitch": STITCHED})
 
 
 @pytest.fixture(scope="module")

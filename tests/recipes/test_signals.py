@@ -14,14 +14,11 @@ from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.agreement import Agreement, Stopped
 from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
 from stitchvm_reward.runs.tracking import Timings
+from tests.tiny import RECIPE, STOPPED
 
 EPOCHS = 4
-VALUE = "rewards=[{kind: value, value_model: miniature/weights/value/aesthetic}]"
-AUDITS = ("audit.every=1", "audit.samples=8", "audit.least_spearman=-1", "audit.most_slope=1e6")
 # Several updates an epoch, so that a stopped one must be undone, and an evaluation after every second epoch.
 SETTINGS = (f"epochs={EPOCHS}", "train.updates_per_epoch=2", "evaluation.every=2", "checkpoint.every=3")
-STOPPED = (*SETTINGS, VALUE, "rollout.stop_window=[1,2]", *AUDITS)
-RECIPE = "recipes/shapes/aesthetic.yaml"
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def restored_handlers():
 def straight(train, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight")
     train(folder / "full", *SETTINGS)
-    train(folder / "stopped", *STOPPED)
+    train(folder / "stopped", *SETTINGS, *STOPPED)
     return folder
 
 
@@ -77,7 +74,7 @@ def run(overrides, out, settings) -> bool:
 def test_a_signal_in_any_phase_leaves_one_checkpoint_that_goes_on_as_if_nothing_had_been(
     straight, overrides, digests, rows, restored_handlers, monkeypatch, tmp_path, kind, phase, at, kept
 ):
-    settings = STOPPED if kind == "stopped" else SETTINGS
+    settings = (*SETTINGS, *STOPPED) if kind == "stopped" else SETTINGS
     number = signal.SIGUSR1 if at % 2 else signal.SIGTERM
     with monkeypatch.context() as patch:
         signalled(patch, phase, number, at)

@@ -1,6 +1,5 @@
 """A recipe: every setting of a run as a typed dataclass, read from YAML with `base:` and key=value overrides."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from omegaconf import MISSING
 from nft.objective import SPACES
 from nft.policy import INITS
 from stitchvm_reward.diffusion.solvers import SOLVERS
-from stitchvm_reward.rewards import KINDS
+from stitchvm_reward.rewards.recipe import RewardRecipe
 from stitchvm_reward.runs.recipe import DTYPES, CheckpointRecipe, at_least, one_of, positive, read_recipe, require
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -60,43 +59,6 @@ class PromptsRecipe:
 
     def __post_init__(self):
         require(bool(self.column), "prompts.column must name a column", self.column)
-
-
-@dataclass
-class RewardRecipe:
-    kind: str = "aesthetic"
-    """aesthetic; clip, dfn_clip, hpsv2, pickscore (image against text); function; or value: a stitched value model,
-    for rollouts that stop early."""
-    weight: float = 1.0
-    """Factor in the weighted sum."""
-    model: str = ""
-    """Folder or hub id of the CLIP model (aesthetic and all that compare with text)."""
-    head: str = ""
-    """File, folder or hub id of the aesthetic head (aesthetic)."""
-    function: str = ""
-    """package.module:function taking (images, prompts) (function)."""
-    value_model: str = ""
-    """Folder that launch/stitch.py wrote (value). Images are judged by the reward that it was stitched from."""
-
-    def __post_init__(self):
-        one_of("rewards.kind", self.kind, (*KINDS, "value"))
-        require(math.isfinite(self.weight), "rewards.weight must be finite", self.weight)
-        if self.kind == "value":
-            require(bool(self.value_model), "a reward of kind value needs value_model: a folder", self.value_model)
-        elif self.kind == "function":
-            require(":" in self.function, "a function reward needs function: package.module:function", self.function)
-        else:
-            require(bool(self.model), f"a reward of kind {self.kind} needs model: a CLIP folder or hub id", self.model)
-        if self.kind == "aesthetic":
-            require(bool(self.head), "a reward of kind aesthetic needs head: a file, folder or hub id", self.head)
-
-    @property
-    def name(self) -> str:
-        """What the reward is called in logs; a value model goes by the run that made it."""
-        if self.kind == "value":
-            folder = Path(self.value_model)
-            return folder.parent.name if folder.name == "value_model" else folder.name
-        return self.function.rpartition(":")[2] if self.kind == "function" else self.kind
 
 
 @dataclass

@@ -5,6 +5,7 @@ Another family of transformers is another file with the same three functions' wo
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,49 @@ from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import locate
 
 SIGNATURE = 16  # numbers kept of each of a few weights, to know a network again whatever its number format
+
+
+@dataclass(frozen=True)
+class HalfPass:
+    """A forward pass of `network` that stands after its first `blocks` blocks, to be gone on with or left.
+
+    `text` (batch, length, width), `image` (batch, tokens, width) on a grid of `grid` tokens, `time` (batch, width).
+    """
+
+    network: Any
+    blocks: int
+    grid: tuple[int, int]
+    text: Tensor
+    image: Tensor
+    time: Tensor
+
+    def features(self) -> Tensor:
+        """The image tokens on their grid, (batch, width, height, width)."""
+        return self.image.transpose(1, 2).unflatten(2, self.grid)
+
+    def select(self, rows: Tensor) -> "HalfPass":
+        """The pass of some samples, repeated as often as they are named."""
+        return replace(self, text=self.text[rows], image=self.image[rows], time=self.time[rows])
+
+    def detach(self) -> "HalfPass":
+        """The same without gradient."""
+        return replace(self, text=self.text.detach(), image=self.image.detach(), time=self.time.detach())
+
+    def finish(self) -> Tensor:
+        """Run the blocks that are left: the velocity (batch, channels, height, width) of the whole network."""
+        network, text, image = self.network, self.text, self.image
+        for block in network.transformer_blocks[self.blocks :]:
+            text, image = block(hidden_states=image, encoder_hidden_states=text, temb=self.time)
+        patches = network.proj_out(network.norm_out(image, self.time))
+        patch, (rows, columns) = network.config.patch_size, self.grid
+        patches = patches.view(len(image), rows, columns, patch, patch, network.out_channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(image), -1, rows * patch, columns * patch)
+
+
+def join_passes(parts: list[HalfPass]) -> HalfPass:
+    """The passes of several batches as one."""
+    text, image, time = (torch.cat([getattr(part, name) for part in parts]) for name in ("text", "image", "time"))
+    return replace(parts[0], text=text, image=image, time=time)
 
 
 class BackboneHead:
@@ -47,6 +91,15 @@ class BackboneHead:
     ) -> dict[int, Tensor]:
         """Features (batch, width, height, width) after each of `blocks`, in the network's dtype, in one pass.
 
+        As `run` otherwise.
+        """
+        return self.run(latents, sigma, conditions, blocks)[0]
+
+    def run(
+        self, latents: Tensor, sigma: Tensor, conditions: Conditions, blocks: Iterable[int]
+    ) -> tuple[dict[int, Tensor], HalfPass | None]:
+        """The features after each of `blocks`, and the pass as it stands after the last of them (None after block 0).
+
         `latents` (batch, channels, height, width) at levels `sigma` (batch,) in [0, 1], which the network is told
         as its timestep. Differentiable in the latents. Raises ValueError for a block that is not there.
         """
@@ -56,17 +109,18 @@ class BackboneHead:
         latents = latents.to(self.dtype)
         found = {0: latents} if 0 in wanted else {}
         if not max(wanted):
-            return found
+            return found, None
         network, (height, width) = self.network, latents.shape[-2:]
         image = network.pos_embed(latents).contiguous()
         time = network.time_text_embed(sigma.to(latents.device, torch.float32) * 1000, conditions.pooled.to(self.dtype))
         text = network.context_embedder(conditions.tokens.to(self.dtype))
+        grid = (height // self.patch, width // self.patch)
         for number, block in enumerate(network.transformer_blocks[: max(wanted)], start=1):
             text, image = block(hidden_states=image, encoder_hidden_states=text, temb=time)
+            stands = HalfPass(network, number, grid, text, image, time)
             if number in wanted:
-                grid = (height // self.patch, width // self.patch)
-                found[number] = image.transpose(1, 2).unflatten(2, grid)
-        return found
+                found[number] = stands.features()
+        return found, stands
 
     def signature(self, blocks: int) -> list[float]:
         """Some numbers out of the weights that `blocks` blocks use."""

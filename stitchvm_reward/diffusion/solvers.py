@@ -43,17 +43,22 @@ def dpm2_step(
     return ratio * latents + ((1 - following) - ratio * (1 - sigma)) * clean
 
 
-def ancestral_step(latents: Tensor, clean: Tensor, noise: Tensor, sigma: float, following: float) -> Tensor:
-    """One stochastic step: a draw from q(z_s | z_t, z_0) at s = `following` < t = `sigma`, with z_0 = `clean`.
+def sde_step(
+    latents: Tensor, clean: Tensor, noise: Tensor, sigma: float, following: float, stochasticity: float = 1.0
+) -> Tensor:
+    """One stochastic step from t = `sigma` to s = `following` < t, exact for a constant z_0 = `clean`.
 
-    Of the Markov chain z_t = abar z_s + sbar eps with the path's own marginals (`path.bridge`), so it is finite from
-    t = 1 down to s = 0, where it returns `clean`. The posterior is Gaussian with mean
-    ((1 - s) sbar^2 z_0 + abar s^2 z_t) / t^2 and standard deviation s sbar / t.
+    Every SDE dz = (u - nu^2 / 2 score) dt + nu dW keeps the marginals. With nu^2 = 2 e t / (1 - t), where e is the
+    `stochasticity`, what is not z_0 shrinks by (s / t) rho^e, rho = s (1 - t) / (t (1 - s)); noise fills it up:
+    z_s = (1 - s) z_0 + s (rho^e (z_t - (1 - t) z_0) / t + sqrt(1 - rho^(2 e)) noise).
+
+    Finite from t = 1, where rho = 0, down to s = 0, where it returns `clean`. e = 0 is Euler's step, e = 1 a draw from
+    q(z_s | z_t, z_0), e = 2 the nu^2 = 4 t / (1 - t) that Stitched Value Model prints (arXiv 2605.19804, D.2).
     """
-    abar = (1 - sigma) / (1 - following)
-    variance = sigma**2 - (abar * following) ** 2
-    mean = ((1 - following) * variance * clean + abar * following**2 * latents) / sigma**2
-    return mean + following * math.sqrt(variance) / sigma * noise
+    rho = following * (1 - sigma) / (sigma * (1 - following))
+    kept = rho**stochasticity
+    left = kept / sigma * (latents - (1 - sigma) * clean) + math.sqrt(1 - kept**2) * noise
+    return (1 - following) * clean + following * left
 
 
 def _log_ratio(sigma: float) -> float:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Conditions, Generator, PromptEmbeddings, encode
 from stitchvm_reward.diffusion.path import denoised, noised
-from stitchvm_reward.diffusion.solvers import ancestral_step, sigma_schedule
+from stitchvm_reward.diffusion.solvers import sde_step, sigma_schedule
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards import find_function, load_reward
 from stitchvm_reward.rewards.aesthetic import AestheticReward
@@ -128,7 +128,7 @@ class Evaluation:
             velocity = self.generator.velocity(latents, level, self.null.expand(len(latents))).float()
             clean = denoised(latents, velocity, torch.tensor(now))
             noise = torch.randn(latents.shape, generator=generator).to(latents)
-            latents = ancestral_step(latents, clean, noise, now, following)
+            latents = sde_step(latents, clean, noise, now, following)
         return self.generator.decode(latents)
 
     def _conditions(self, method: str, texts: list[str]) -> Conditions | None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from stitchvm_reward.diffusion.backbone import BackboneHead, load_backbone
+from stitchvm_reward.diffusion.backbone import BackboneHead, HalfPass, load_backbone
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.files import staged
@@ -254,16 +254,32 @@ def score_all(
     conditions: Conditions | None = None,
 ) -> dict[str, Tensor]:
     """Scores of several value models by name; those on one backbone and one conditioning share a pass of its blocks."""
+    return score_and_keep(models, latents, sigma, prompts, conditions)[0]
+
+
+def score_and_keep(
+    models: dict[str, StitchedValueModel],
+    latents: Tensor,
+    sigma: Tensor | float,
+    prompts: list[str] | None = None,
+    conditions: Conditions | None = None,
+) -> tuple[dict[str, Tensor], dict[str, HalfPass]]:
+    """As `score_all`, and by conditioning the backbone's pass as it stands after the blocks that were run.
+
+    Where models of one conditioning run on several networks, the first one's pass is kept.
+    """
     groups: dict[tuple, list[str]] = {}
     for name, model in models.items():
         check_latents(model, latents)
         groups.setdefault((id(model.backbone.network), model.conditioning, model.null.tokens.shape[1]), []).append(name)
     scores: dict[str, Tensor] = {}
+    passes: dict[str, HalfPass] = {}
     for names in groups.values():
         first = models[names[0]]
         blocks = [models[name].block for name in names]
-        shared = first.backbone.features(
-            latents, levels(sigma, latents), first._conditions(len(latents), conditions), blocks
-        )
+        own = first._conditions(len(latents), conditions)
+        shared, stands = first.backbone.run(latents, levels(sigma, latents), own, blocks)
         scores |= {name: models[name].value(shared[models[name].block], prompts) for name in names}
-    return {name: scores[name] for name in models}
+        if stands is not None:
+            passes.setdefault(first.conditioning, stands)
+    return {name: scores[name] for name in models}, passes

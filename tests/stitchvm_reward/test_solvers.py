@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from stitchvm_reward.diffusion.solvers import ancestral_step, dpm2_step, euler_step, sigma_schedule, solve
+from stitchvm_reward.diffusion.solvers import dpm2_step, euler_step, sde_step, sigma_schedule, solve
 
 TEN = "1 .960129 .913349 .857692 .790368 .707278 .602151 .464876 .278049 .008929 0"
 TWENTY_FIVE = (
@@ -93,14 +93,33 @@ def test_unknown_solver_is_refused():
         solve(gaussian_velocity, torch.ones(1), sigma_schedule(4), "heun")
 
 
-def test_an_ancestral_step_keeps_the_marginals_and_ends_at_the_clean_latent():
+def test_a_draw_from_the_posterior_keeps_the_marginals_and_ends_at_the_clean_latent():
     random = torch.Generator().manual_seed(0)
     clean = torch.randn(200_000, generator=random, dtype=torch.float64)
     first, second, third = (torch.randn(clean.shape, generator=random, dtype=torch.float64) for _ in range(3))
     noisy = 0.2 * clean + 0.8 * first
-    stepped = ancestral_step(noisy, clean, second, 0.8, 0.3)
-    left = stepped - 0.7 * clean  # what is not the clean latent must be noise of level .3, and independent of it
-    assert float(left.std()) == pytest.approx(0.3, rel=0.01) and abs(float((left * clean).mean())) < 0.003
-    assert float((left * first).mean()) > 0.02  # some of the noise is the old one
-    torch.testing.assert_close(ancestral_step(stepped, clean, third, 0.3, 0.0), clean)
-    assert ancestral_step(first, clean, second, 1.0, 0.9).isfinite().all()
+    for stochasticity, kept in ((0.0, 0.3), (1.0, 0.3 * (0.3 * 0.2 / (0.8 * 0.7))), (2.0, 0.3 * (0.06 / 0.56) ** 2)):
+        stepped = sde_step(noisy, clean, second, 0.8, 0.3, stochasticity)
+        left = stepped - 0.7 * clean  # what is not the clean latent must be noise of level .3, and independent of it
+        assert float(left.std()) == pytest.approx(0.3, rel=0.01) and abs(float((left * clean).mean())) < 0.003
+        assert float((left * first).mean()) == pytest.approx(kept, abs=0.003)  # so much of the noise is the old one
+        torch.testing.assert_close(sde_step(stepped, clean, third, 0.3, 0.0, stochasticity), clean)
+        assert sde_step(first, clean, second, 1.0, 0.9, stochasticity).isfinite().all()
+
+
+def test_a_step_of_no_stochasticity_is_eulers():
+    latents, velocity, noise = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).unbind()
+    for sigma, following in ((1.0, 0.7), (0.6, 0.2), (0.3, 0.0)):
+        stepped = sde_step(latents, latents - sigma * velocity, noise, sigma, following, 0.0)
+        torch.testing.assert_close(stepped, euler_step(latents, velocity, sigma, following), atol=1e-5, rtol=1e-5)
+
+
+def test_one_stochastic_step_is_the_posterior_of_the_path():
+    clean, latents = torch.tensor(0.7), torch.tensor(-0.4)
+    t, s = 0.8, 0.3
+    abar = (1 - t) / (1 - s)
+    variance = t**2 - (abar * s) ** 2
+    mean = ((1 - s) * variance * clean + abar * s**2 * latents) / t**2
+    torch.testing.assert_close(sde_step(latents, clean, torch.tensor(0.0), t, s), mean)
+    spread = sde_step(latents, clean, torch.tensor(1.0), t, s) - mean
+    assert float(spread) == pytest.approx(s * variance**0.5 / t, rel=1e-5)

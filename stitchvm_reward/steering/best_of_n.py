@@ -1,0 +1,27 @@
+"""Best of N: several samples a prompt, of which the best stays."""
+
+import torch
+
+from stitchvm_reward.steering.denoiser import Denoiser, Known
+from stitchvm_reward.steering.settings import BestOfN
+from stitchvm_reward.steering.trace import Event, Steered
+from stitchvm_reward.steering.values import Value
+
+
+def best_of_n(denoiser: Denoiser, value: Value, settings: BestOfN, progress=iter) -> Steered:
+    """Sample settings.particles a prompt and value them at the end; with prune_at, only the best after so many steps
+    are taken there. `progress` wraps the steps."""
+    latents, known, trace = denoiser.start(settings.particles), Known(), []
+    prompts = len(denoiser.prompts)
+    for step in progress(range(denoiser.steps)):
+        velocity = denoiser.velocity(latents, denoiser.sigmas[step], known)
+        latents, known = denoiser.advance(latents, velocity, step), Known()
+        if step + 1 == settings.prune_at:
+            values, known = value.measure(denoiser, latents, step + 1)
+            values = values.view(prompts, -1)
+            best = values.argmax(1) + torch.arange(prompts, device=latents.device) * values.shape[1]
+            latents, known = latents[best], known.select(best)
+            trace.append(Event(step + 1, denoiser.sigmas[step + 1], values.cpu()))
+    values = value.measure(denoiser, latents, denoiser.steps)[0].view(prompts, -1).cpu()
+    weights = torch.full_like(values, 1 / values.shape[1])
+    return Steered(latents.unflatten(0, (prompts, -1)), values, weights, trace)

@@ -1,0 +1,152 @@
+"""Values as a recipe names them, and steering of a diffusers pipeline."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from stitchvm_reward.diffusion.backbone import BackboneHead
+from stitchvm_reward.diffusion.generator import Conditions, Generator
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.rewards import Reward, find_function, load_reward
+from stitchvm_reward.rewards.recipe import RewardRecipe
+from stitchvm_reward.steering.sampling import (
+    T5_LENGTH,
+    as_value,
+    free_memory,
+    make_denoiser,
+    progress_bar,
+    require_memory,
+    steer_prompts,
+)
+from stitchvm_reward.steering.settings import Settings, SteeringRecipe
+from stitchvm_reward.steering.values import MonteCarloValue, StitchedValue, TweedieValue, Value
+from stitchvm_reward.stitching.value_model import load_value_models, read_config
+
+
+def check_rewards(recipe: SteeringRecipe) -> None:
+    """Raise InputError for a value model or a function that is not there, before anything is loaded."""
+    for reward in recipe.rewards:
+        if reward.kind == "value":
+            read_config(Path(reward.value_model).expanduser())
+        elif reward.kind == "function":
+            find_function(reward.function)
+
+
+def pixel_reward(reward: RewardRecipe, device: torch.device) -> Reward:
+    """The reward on images; of a value model, the one that it was stitched from. Raises InputError."""
+    if reward.kind != "value":
+        return load_reward(reward.kind, reward.model, reward.head, reward.function, device)
+    stitched = read_config(Path(reward.value_model).expanduser())["reward"]
+    return load_reward(stitched["kind"], stitched["path"], stitched["head"], "", device)
+
+
+def load_value(recipe: SteeringRecipe, generator: Generator, shared: bool = True) -> Value:
+    """The recipe's value for a generator; value models stitched to its own network use its blocks, where `shared`.
+
+    Raises InputError where one is missing or made for another autoencoder or size.
+    """
+    weights, device = {reward.name: reward.weight for reward in recipe.rewards}, generator.device
+    if recipe.rewards[0].kind == "value":
+        folders = {reward.name: reward.value_model for reward in recipe.rewards}
+        models = load_value_models(folders, device, BackboneHead(generator.transformer) if shared else None)
+        for model in models.values():
+            model.require_fit(generator)
+        return StitchedValue(models, weights)
+    rewards = {reward.name: pixel_reward(reward, device) for reward in recipe.rewards}
+    if recipe.estimate == "monte_carlo":
+        return MonteCarloValue(rewards, weights, recipe.rollouts)
+    return TweedieValue(rewards, weights)
+
+
+def check_memory(generator: Generator, method: str, settings: Settings, tokens: int) -> None:
+    """Raise InputError where a prompt's particles do not fit into the free memory, of `tokens` text tokens each."""
+    channels, side, _ = generator.latent_shape
+    patch, width = generator.transformer.config.patch_size, generator.transformer.inner_dim
+    kept = (tokens + (side // patch) ** 2) * width * generator.dtype.itemsize
+    require_memory(method, settings, 4 * channels * side**2, kept, free_memory(generator.device))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """`images` (prompts, 3, height, width) float32 in [0, 1] on the CPU, one a prompt, and of each prompt the `trace`:
+    values, effective sample sizes and ancestors by step, what came at the end and which particle was chosen."""
+
+    images: Tensor
+    trace: list[dict[str, Any]]
+
+
+def steer(
+    pipeline: StableDiffusion3Pipeline,
+    prompts: list[str],
+    method: str = "fk",
+    value: Any = None,
+    settings: Settings | None = None,
+    *,
+    negative_prompt: str = "",
+    resolution: int | None = None,
+    t5_length: int | None = None,
+) -> Pictures:
+    """Sample one picture a prompt with a Stable Diffusion 3 pipeline, steered toward what `value` likes.
+
+    `method` is best_of_n, fk or dps; `value` a StitchedValueModel, a dict of them, a reward of images with
+    score(images, prompts), or a Value of steering.values. A picture depends on the seed and on its prompt's place in
+    the list, not on settings.micro_batch. The pipeline's networks are frozen and put into evaluation mode; adapters
+    that are attached take part in sampling, but a value model must not run on blocks that they change.
+
+    Raises InputError for settings, a value or a model that do not fit.
+    """
+    settings, chosen = settings or Settings(), as_value(value)
+    settings.require_method(method)
+    if not prompts:
+        raise InputError("prompts must hold at least one prompt, got none")
+    side = resolution or pipeline.default_sample_size * pipeline.vae_scale_factor
+    generator = Generator(pipeline.transformer, pipeline.vae, pipeline.scheduler.config.shift, side)
+    if isinstance(chosen, StitchedValue):
+        for model in chosen.models.values():
+            model.require_fit(generator)
+            if model.backbone.network is generator.transformer and adapted(pipeline):
+                raise InputError(
+                    "the value model runs on the pipeline's own blocks, which have adapters now: load it with its own "
+                    "(from_pretrained without backbone), or unload the adapters"
+                )
+    lengths = T5_LENGTH if pipeline.tokenizer_3 is None else min(T5_LENGTH, pipeline.tokenizer_3.model_max_length)
+    conditions, negative = encode(pipeline, prompts, negative_prompt, t5_length or lengths)
+    check_memory(generator, method, settings, conditions.tokens.shape[1])
+    denoiser = make_denoiser(generator, prompts, conditions, negative, chosen, settings)
+    with progress_bar(len(prompts), method, settings) as bar:
+        steered = steer_prompts(denoiser, method, chosen, settings, bar)
+    with torch.no_grad():
+        images = torch.cat([generator.decode(one.best).cpu() for one in steered])
+    return Pictures(images, [told for one in steered for told in one.as_dicts()])
+
+
+def adapted(pipeline: StableDiffusion3Pipeline) -> bool:
+    """Whether adapters are attached to the pipeline's transformer."""
+    return bool(getattr(pipeline.transformer, "peft_config", None))
+
+
+@torch.no_grad()
+def encode(
+    pipeline: StableDiffusion3Pipeline, prompts: list[str], negative_prompt: str, t5_length: int, batch: int = 16
+) -> tuple[Conditions, Conditions]:
+    """Conditions of the prompts, one row each, and of the negative prompt, one row; each distinct text encoded once."""
+    texts = list(dict.fromkeys([*prompts, negative_prompt]))
+    tokens, pooled = [], []
+    for start in range(0, len(texts), batch):
+        found = pipeline.encode_prompt(
+            prompt=texts[start : start + batch],
+            prompt_2=None,
+            prompt_3=None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=t5_length,
+        )
+        tokens.append(found[0])
+        pooled.append(found[2])
+    table = Conditions(torch.cat(tokens), torch.cat(pooled))
+    device = table.pooled.device
+    rows = torch.tensor([texts.index(prompt) for prompt in prompts], device=device)
+    return table.select(rows), table.select(torch.tensor([texts.index(negative_prompt)], device=device))

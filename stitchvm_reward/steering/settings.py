@@ -1,0 +1,157 @@
+"""What can be set of steering: one section a method beside what all of them share."""
+
+import math
+from dataclasses import dataclass, field
+
+from stitchvm_reward.rewards.recipe import RewardRecipe
+from stitchvm_reward.runs.recipe import at_least, one_of, positive, require
+
+METHODS = ("best_of_n", "fk", "dps")
+RESAMPLING = ("systematic", "multinomial")
+SCHEDULES = ("constant", "sigma", "tilt")
+ESTIMATES = ("tweedie", "monte_carlo")
+
+
+@dataclass
+class BestOfN:
+    particles: int = 4
+    """Samples a prompt, of which the best stays."""
+    prune_at: int = 0
+    """Only the best after so many steps, by its value there, is taken to the end; 0: all are."""
+
+    def __post_init__(self):
+        at_least("best_of_n.particles", self.particles, 1)
+        at_least("best_of_n.prune_at", self.prune_at, 0)
+
+
+@dataclass
+class FeynmanKac:
+    particles: int = 4
+    """Samples a prompt that are resampled among each other; the best at the end stays."""
+    proposals: int = 1
+    """Draws from a particle's transition, of which the best by its value stays (M of Stitched Value Model, C.2)."""
+    proposal_share: float = 0.4
+    """The share of the steps, from the first on, in which there are several proposals."""
+    temperature: float = 10.0
+    """Lambda: particles are resampled with weights exp(lambda (V(new) - V(old))). 0 is plain sampling."""
+    every: int = 4
+    """Steps from one resampling to the next."""
+    window: list[int] = field(default_factory=lambda: [8, 32])
+    """[first, last] number of steps done at which particles are resampled."""
+    resampling: str = "systematic"
+    """systematic (least noise; equal weights change nothing) or multinomial."""
+
+    def __post_init__(self):
+        at_least("fk.particles", self.particles, 1)
+        at_least("fk.proposals", self.proposals, 1)
+        require(0 <= self.proposal_share <= 1, "fk.proposal_share must be in [0, 1]", self.proposal_share)
+        at_least("fk.temperature", self.temperature, 0)
+        at_least("fk.every", self.every, 1)
+        ordered = len(self.window) == 2 and 1 <= self.window[0] <= self.window[-1]
+        require(ordered, "fk.window must be [first, last] with 1 <= first <= last", self.window)
+        one_of("fk.resampling", self.resampling, RESAMPLING)
+
+    def resampled(self) -> range:
+        """The numbers of steps done at which particles are resampled."""
+        return range(self.window[0], self.window[1] + 1, self.every)
+
+
+@dataclass
+class Guidance:
+    strength: float = 1.0
+    """Scale c of what is taken from the velocity, c_t grad V; 0 is plain sampling."""
+    schedule: str = "sigma"
+    """c_t at level t: constant (c), sigma (c t) or tilt (c t / (1 - t), which samples the density times exp(c V) where
+    V is exact; at t = 1 as at the second level)."""
+    window: list[int] = field(default_factory=list)
+    """[first, last] step in which there is guidance, counted from 0; empty: all."""
+
+    def __post_init__(self):
+        require(math.isfinite(self.strength), "dps.strength must be finite", self.strength)
+        one_of("dps.schedule", self.schedule, SCHEDULES)
+        ordered = not self.window or (len(self.window) == 2 and 0 <= self.window[0] <= self.window[-1])
+        require(ordered, "dps.window must be [first, last] with 0 <= first <= last, or empty", self.window)
+
+
+@dataclass
+class Settings:
+    """How prompts are sampled and steered; a method reads its own section."""
+
+    steps: int = 40
+    """Solver steps."""
+    guidance: float = 4.5
+    """Classifier-free guidance scale; 1: none."""
+    stochasticity: float = 1.0
+    """Noise of the transitions: 0 none (Euler's steps), 1 that of the time reversal, 2 twice its variance (what
+    Stitched Value Model prints, D.2)."""
+    micro_batch: int = 16
+    """Latents that a network is given at once, whatever the number of particles."""
+    seed: int = 0
+    """Addresses the noise, together with the prompt's place and the particle's."""
+    best_of_n: BestOfN = field(default_factory=BestOfN)
+    fk: FeynmanKac = field(default_factory=FeynmanKac)
+    dps: Guidance = field(default_factory=Guidance)
+
+    def __post_init__(self):
+        at_least("steps", self.steps, 2)
+        require(1 <= self.guidance < 100, "guidance must be from 1 (none) to 100", self.guidance)
+        require(0 <= self.stochasticity <= 10, "stochasticity must be in [0, 10]", self.stochasticity)
+        at_least("micro_batch", self.micro_batch, 1)
+        at_least("seed", self.seed, 0)
+
+    def require_method(self, method: str) -> None:
+        """Raise InputError unless the method is known and its section fits the number of steps."""
+        one_of("the method", method, METHODS)
+        if method == "fk":
+            last = self.fk.window[1]
+            require(last <= self.steps, f"fk.window must end within the schedule's {self.steps} steps", self.fk.window)
+            require(
+                self.stochasticity > 0 or self.fk.proposals == 1,
+                "fk.proposals must be 1 where stochasticity is 0: all proposals would be one",
+                self.fk.proposals,
+            )
+        elif method == "best_of_n":
+            at = self.best_of_n.prune_at
+            require(at < self.steps, f"best_of_n.prune_at must lie within the schedule's {self.steps} steps", at)
+        elif self.dps.window:
+            require(
+                self.dps.window[1] < self.steps,
+                f"dps.window must lie within the schedule, steps 0 to {self.steps - 1}",
+                self.dps.window,
+            )
+
+    def particles(self, method: str) -> int:
+        """Particles a prompt."""
+        return {"best_of_n": self.best_of_n.particles, "fk": self.fk.particles, "dps": 1}[method]
+
+
+@dataclass
+class SteeringRecipe(Settings):
+    """Steering by named rewards; `base:` names a parent file, relative to it, that is read first."""
+
+    rewards: list[RewardRecipe] = field(default_factory=list)
+    """A weighted sum: of stitched value models (kind value), which score noisy latents, or of rewards of images."""
+    estimate: str = "tweedie"
+    """How a reward of images judges a noisy latent: tweedie (by the image of the denoised latent) or monte_carlo (by
+    images of rollouts)."""
+    rollouts: int = 4
+    """Rollouts of a Monte Carlo estimate."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(bool(self.rewards), "rewards must list at least one reward", self.rewards)
+        names = [reward.name for reward in self.rewards]
+        require(len(set(names)) == len(names), "every reward needs a name of its own", names)
+        kinds = {reward.kind == "value" for reward in self.rewards}
+        require(len(kinds) == 1, "rewards of kind value and rewards of images cannot be mixed", names)
+        one_of("estimate", self.estimate, ESTIMATES)
+        positive("rollouts", self.rollouts)
+
+    def require_method(self, method: str) -> None:
+        """As of Settings; a Monte Carlo estimate has no gradient to guide by."""
+        super().require_method(method)
+        require(
+            method != "dps" or self.estimate == "tweedie",
+            "dps needs a gradient: estimate must be tweedie, or rewards of kind value",
+            self.estimate,
+        )

@@ -1,7 +1,8 @@
-"""Measure value models, or pictures of a base and a tuned model:
+"""Measure value models, pictures of a base and a tuned model, or ways of steering:
 
 python launch/evaluate.py value FOLDER... --images FOLDER
 python launch/evaluate.py images RECIPE --lora FILE
+python launch/evaluate.py steering COMPARISON
 """
 
 import argparse
@@ -18,7 +19,8 @@ from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launch/evaluate.py", description="Measure value models, or pictures of a base and a tuned model."
+        prog="launch/evaluate.py",
+        description="Measure value models, pictures of a base and a tuned model, or ways of steering.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     value = commands.add_parser(
@@ -51,11 +53,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     images.add_argument("--count", type=int, help="held-out prompts; default: the recipe's evaluation.samples")
     images.add_argument("--seed", type=int, help="of the noise; default: the recipe's")
     images.add_argument("--out", type=Path, metavar="FILE.json", help="JSON file to write")
+    steering = commands.add_parser(
+        "steering",
+        description="The arms of a comparison: reward and measures on one picture a prompt and seed, a JSON file for "
+        "each arm and seed in the comparison's folder (those that are there are kept, so that a stopped comparison "
+        "goes on), or with --cost what a picture costs by every arm, in one run. --plot draws what is there.",
+    )
+    steering.add_argument("recipe", help="a comparison, such as recipes/steer/compare_dps.yaml")
+    steering.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set")
+    steering.add_argument("--cost", action="store_true", help="measure seconds, FLOPs and memory instead")
+    steering.add_argument("--plot", type=Path, metavar="OUT.png", help="only tabulate and draw what was measured")
     found, rest = parser.parse_known_args(arguments)
     # Of a subcommand, argparse does not take up positionals again that follow an option.
-    if rest and (found.command != "images" or any(word.startswith("-") for word in rest)):
+    if rest and (found.command == "value" or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if found.command == "images":
+    if found.command != "value":
         found.overrides += rest
     return found
 
@@ -127,7 +139,27 @@ def run_value(arguments: argparse.Namespace) -> None:
         draw(table, arguments.out.with_suffix(".png"))
 
 
+def run_steering(arguments: argparse.Namespace) -> None:
+    from stitchvm_reward.runs.recipe import read_recipe
+    from stitchvm_reward.steering.evaluate import Comparison, ComparisonRecipe, run
+    from stitchvm_reward.steering.report import draw, report
+
+    recipe = read_recipe(ComparisonRecipe, arguments.recipe, arguments.overrides)
+    if arguments.plot is not None:
+        check_writable(arguments.plot)
+        print(report(recipe))
+        draw(recipe, arguments.plot)
+        return
+    check_writable(Path(recipe.out).expanduser() / "costs.json")
+    from nft.prompts import read_prompts
+
+    hide_loading_bars()
+    run(Comparison(recipe, read_prompts(recipe.prompts, "text", "train"), available_device()), arguments.cost)
+
+
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.command == "steering":
+        return run_steering(arguments)
     if arguments.out is not None:
         check_writable(arguments.out)
     if arguments.command == "images":

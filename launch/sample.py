@@ -1,4 +1,8 @@
-"""Sample seeded pictures: python launch/sample.py MODEL --prompts TEXT... --grid OUT.png"""
+"""Sample seeded pictures, plain or steered:
+
+python launch/sample.py MODEL --prompts TEXT... --grid OUT.png
+python launch/sample.py MODEL --prompts TEXT... --grid OUT.png --steer fk --steering RECIPE
+"""
 
 import argparse
 import sys
@@ -9,15 +13,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from stitchvm_reward.command import answer, available_device, hide_loading_bars  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
-from stitchvm_reward.files import check_writable  # noqa: E402
+from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/sample.py",
         description="Sample with a Stable Diffusion 3 pipeline, one picture a prompt, and draw a labelled grid: one "
-        "row a prompt, with --lora the base beside the tuned model from the same noise. A picture depends on the "
-        "seed and on its prompt's place in the list, not on --batch.",
+        "row a prompt, with --lora the base beside the tuned model, with --steer the plain picture beside the steered "
+        "one, from the same noise. A picture depends on the seed and on its prompt's place in the list, not on --batch.",
     )
     parser.add_argument("model", help="folder or hub id of a Stable Diffusion 3 pipeline")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE_OR_TEXT", help="prompts and prompt files")
@@ -26,12 +30,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--across", type=int, default=1, help="prompts that stand in a row of the grid; default: 1")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write each picture there as well, as PNG")
     parser.add_argument("--count", type=int, help="only the first so many prompts")
-    parser.add_argument("--steps", type=int, default=40, help="of the solver; default: 40")
-    parser.add_argument("--guidance", type=float, default=1.0, help="default: 1, none, as in training")
+    parser.add_argument("--steps", type=int, help="of the solver; default: 40, or the steering recipe's")
+    parser.add_argument("--guidance", type=float, help="default: 1, none, as in training, or the steering recipe's")
     parser.add_argument("--resolution", type=int, help="pixels; default: what the LoRA was trained at, or the model's")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--batch", type=int, default=8, help="pictures made at once")
+    parser.add_argument("--seed", type=int, help="of the noise; default: 0, or the steering recipe's")
+    parser.add_argument("--batch", type=int, help="pictures made at once; default: 8 (micro_batch of steering recipes)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on a GPU, float32 without one")
+    steering = parser.add_argument_group("steering")
+    steering.add_argument(
+        "--steer", metavar="METHOD", help="best_of_n, fk (Feynman-Kac) or dps (guidance by gradients)"
+    )
+    steering.add_argument("--steering", metavar="RECIPE", help="a recipe such as recipes/steer/shapes.yaml")
+    steering.add_argument("--set", nargs="+", default=[], metavar="key=value", help="keys of it to set")
+    steering.add_argument("--trace", type=Path, metavar="OUT.json", help="write what happened to the particles")
     return parser.parse_args(arguments)
 
 
@@ -40,9 +51,9 @@ def check(arguments: argparse.Namespace) -> None:
     for name in ("steps", "batch", "count", "across"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    if arguments.seed < 0:
+    if arguments.seed is not None and arguments.seed < 0:
         raise InputError(f"--seed must be 0 or more, got {arguments.seed}")
-    if not 1 <= arguments.guidance < 100:
+    if arguments.guidance is not None and not 1 <= arguments.guidance < 100:
         raise InputError(f"--guidance must be from 1 (none) to 100, got {arguments.guidance}")
     if arguments.resolution is not None and (arguments.resolution < 16 or arguments.resolution % 16):
         raise InputError(f"--resolution must be a multiple of 16, got {arguments.resolution}")
@@ -51,11 +62,38 @@ def check(arguments: argparse.Namespace) -> None:
     check_writable(arguments.grid)
 
 
+def read_steering(arguments: argparse.Namespace):
+    """The steering recipe with what the command line sets of it, or None. Raises InputError where they do not fit."""
+    if arguments.steer is None:
+        for name in ("steering", "set", "trace"):
+            if getattr(arguments, name):
+                raise InputError(f"--{name} goes with --steer METHOD, which is missing")
+        return None
+    if arguments.steering is None:
+        raise InputError("--steer needs --steering RECIPE, such as recipes/steer/shapes.yaml")
+    if arguments.batch is not None:
+        raise InputError(
+            f"--batch is for plain sampling, got {arguments.batch}; set micro_batch of the steering recipe"
+        )
+    from stitchvm_reward.runs.recipe import read_recipe
+    from stitchvm_reward.steering.build import check_rewards
+    from stitchvm_reward.steering.settings import SteeringRecipe
+
+    given = [f"{name}={getattr(arguments, name)}" for name in ("steps", "guidance", "seed") if vars(arguments)[name]]
+    recipe = read_recipe(SteeringRecipe, arguments.steering, [*given, *arguments.set])
+    recipe.require_method(arguments.steer)
+    check_rewards(recipe)
+    if arguments.trace is not None:
+        check_writable(arguments.trace)
+    return recipe
+
+
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
+    recipe = read_steering(arguments)
     import torch
 
-    from nft.sample_images import Sampler, gather_prompts, sample_all, write_pictures
+    from nft.sample_images import Sampler, gather_prompts, sample_all, steer_all, write_pictures
     from stitchvm_reward.runs.recipe import DTYPES, one_of
     from stitchvm_reward.runs.tracking import picture_grid
 
@@ -66,7 +104,15 @@ def run(arguments: argparse.Namespace) -> None:
     device = available_device()
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     sampler = Sampler(arguments.model, arguments.lora, dtype, device, arguments.resolution)
-    images = sample_all(sampler, prompts, arguments.batch, arguments.seed, arguments.steps, arguments.guidance)
+    seed, told = arguments.seed or 0, ""
+    if recipe is None:
+        steps, guidance, batch = arguments.steps or 40, arguments.guidance or 1.0, arguments.batch or 8
+        images = sample_all(sampler, prompts, batch, seed, steps, guidance)
+    else:
+        images, trace = steer_all(sampler, prompts, arguments.steer, recipe)
+        seed, told = recipe.seed, f", steered by {arguments.steer}"
+        if arguments.trace is not None:
+            write_json(arguments.trace, {"prompts": prompts, "trace": trace})
     try:
         arguments.grid.parent.mkdir(parents=True, exist_ok=True)
         picture_grid(images, prompts, arguments.grid, arguments.across)
@@ -74,8 +120,8 @@ def run(arguments: argparse.Namespace) -> None:
             write_pictures(images, arguments.out)
     except OSError as error:
         raise InputError(f"cannot write the pictures: {error}") from None
-    told = f", {sampler.layers} layers of {arguments.lora} attached" if sampler.tuned else ""
-    print(f"wrote {arguments.grid}: {len(prompts)} prompts at {sampler.resolution} px, seed {arguments.seed}{told}")
+    told += f", {sampler.layers} layers of {arguments.lora} attached" if sampler.tuned else ""
+    print(f"wrote {arguments.grid}: {len(prompts)} prompts at {sampler.resolution} px, seed {seed}{told}")
 
 
 def main() -> int:

@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -12,12 +14,13 @@ from tqdm import tqdm
 
 from nft.lora import attach_lora, lora_layers, read_header
 from nft.prompts import READERS, read_prompts
-from stitchvm_reward.diffusion.generator import TEXT_PARTS, decode, load_vae
+from stitchvm_reward.diffusion.generator import TEXT_PARTS, Generator, decode, load_vae
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import locate
 from stitchvm_reward.runs import randomness
-
-T5_LENGTH = 256  # tokens that a Stable Diffusion 3 pipeline reads unless told otherwise
+from stitchvm_reward.steering.build import load_value, steer
+from stitchvm_reward.steering.sampling import T5_LENGTH
+from stitchvm_reward.steering.settings import BestOfN, SteeringRecipe
 
 
 def gather_prompts(given: list[str]) -> list[str]:
@@ -127,6 +130,25 @@ def sample_all(
             for name, images in sampler.images(texts, indices, seed, steps, guidance, bar.update).items():
                 parts[name].append(images)
     return {name: torch.cat(images) for name, images in parts.items()}
+
+
+def steer_all(
+    sampler: Sampler, prompts: list[str], method: str, recipe: SteeringRecipe
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Images (count, 3, h, w) of all prompts, `plain` and `steered` from the same noise, and each prompt's trace.
+
+    Of a model with a LoRA file both are the tuned model's; value models then run on blocks of their own. Raises
+    InputError where the recipe and the model do not fit together.
+    """
+    pipeline, side = sampler.pipeline, sampler.resolution
+    generator = Generator(pipeline.transformer, pipeline.vae, pipeline.scheduler.config.shift, side)
+    value = load_value(recipe, generator, shared=not sampler.tuned)
+    plain = replace(recipe, best_of_n=BestOfN(particles=1))
+    found = {
+        name: steer(pipeline, prompts, own, value, settings, resolution=side, t5_length=sampler.t5_length)
+        for name, own, settings in (("plain", "best_of_n", plain), ("steered", method, recipe))
+    }
+    return {name: pictures.images for name, pictures in found.items()}, found["steered"].trace
 
 
 def write_pictures(images: dict[str, Tensor], folder: Path) -> None:

@@ -44,8 +44,8 @@ class Value:
                     raise InputError(f"dps needs a gradient, {self.name} gives none: it must be differentiable")
                 slope = torch.autograd.grad(values.sum(), own)[0]
             parts.append((values.detach(), slope, known.detach()))
-        values, slope = (torch.cat([part[place] for part in parts]) for place in (0, 1))
-        return values, slope, join([part[2] for part in parts])
+        values, slopes, known = zip(*parts)
+        return torch.cat(values), torch.cat(slopes), join(list(known))
 
 
 class StitchedValue(Value):

@@ -20,8 +20,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/sample.py",
         description="Sample with a Stable Diffusion 3 pipeline, one picture a prompt, and draw a labelled grid: one "
-        "row a prompt, with --lora the base beside the tuned model, with --steer the plain picture beside the steered "
-        "one, from the same noise. A picture depends on the seed and on its prompt's place in the list, not on --batch.",
+        "row a prompt, from the same noise with --lora the base beside the tuned model and with --steer the plain "
+        "beside the steered picture. A picture depends on the seed and on its prompt's place in the list, not on "
+        "--batch.",
     )
     parser.add_argument("model", help="folder or hub id of a Stable Diffusion 3 pipeline")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE_OR_TEXT", help="prompts and prompt files")

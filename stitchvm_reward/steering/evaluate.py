@@ -1,7 +1,6 @@
 """Ways of steering beside each other: what they reach, and what a picture costs."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 from torch import Tensor
-from torch.distributed._tools.mem_tracker import MemTracker
 from tqdm import tqdm
 
 from stitchvm_reward.diffusion.generator import Generator, PromptEmbeddings
@@ -23,7 +21,7 @@ from stitchvm_reward.steering.denoiser import Denoiser
 from stitchvm_reward.steering.sampling import make_denoiser, progress_bar, steer_prompts
 from stitchvm_reward.steering.settings import METHODS, SteeringRecipe
 from stitchvm_reward.steering.values import Value
-from stitchvm_reward.stitching.benchmark import machine, timed
+from stitchvm_reward.stitching.benchmark import machine, peak_mib, timed
 
 
 @dataclass
@@ -155,19 +153,6 @@ class Comparison:
             "gigaflop": gigaflop,
             "peak_mib": peak_mib(call, self.device),
         }
-
-
-def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
-    """Peak MiB of what a call allocates on the device, beside what was there."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    tracker = MemTracker()
-    with tracker:
-        call()
-    return tracker.get_tracker_snapshot("peak")[device]["Total"] / 2**20
 
 
 def run(comparison: Comparison, cost: bool) -> None:

@@ -35,17 +35,18 @@ class Value:
 
         Raises InputError where the values have none.
         """
-        parts = []
+        parts: list[tuple[Tensor, Tensor, Known]] = []
         for rows in denoiser.batches(len(latents)):
             with torch.enable_grad():
                 own = latents[rows].detach().requires_grad_()
                 values, known = self.one(denoiser, own, rows, len(latents), step)
                 if not values.requires_grad:
                     raise InputError(f"dps needs a gradient, {self.name} gives none: it must be differentiable")
-                slope = torch.autograd.grad(values.sum(), own)[0]
-            parts.append((values.detach(), slope, known.detach()))
-        values, slopes, known = zip(*parts)
-        return torch.cat(values), torch.cat(slopes), join(list(known))
+                values.sum().backward(inputs=[own])
+            assert own.grad is not None
+            parts.append((values.detach(), own.grad, known.detach()))
+        values, slopes = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        return values, slopes, join([known for _, _, known in parts])
 
 
 class StitchedValue(Value):

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import CLIPConfig, CLIPModel
 
@@ -74,6 +77,49 @@ def timed(call: Callable[[], Any], samples: int, device: torch.device, repeats: 
         "gigaflop": counted / samples / 1e9,
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
     }
+
+
+class _Live(TorchDispatchMode):
+    """Adds up the bytes of the storages that operations make while they are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        def storages(tree: Any) -> dict[int, Any]:
+            tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+            return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+        old = storages((arguments, named))
+        result = function(*arguments, **(named or {}))
+        for key, storage in storages(result).items():
+            if key not in old and key not in self.seen:  # no view of what was there
+                self.seen.add(key)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.bytes -= size
+
+
+def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
+    """Peak MiB of the tensors that a call makes; on a GPU, of what it allocates beside what was there.
+
+    On a CPU, what single operations need inside is left out.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with _Live() as live:
+        call()
+    return live.peak / 2**20
 
 
 def randomised(network: nn.Module, dtype: torch.dtype, device: torch.device) -> Any:

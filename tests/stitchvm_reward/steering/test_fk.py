@@ -1,0 +1,137 @@
+"""Feynman-Kac steering: what it samples, against closed forms, and how it resamples."""
+
+import pytest
+import torch
+
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.steering.best_of_n import best_of_n
+from stitchvm_reward.steering.denoiser import Known
+from stitchvm_reward.steering.fk import effective_size, fk, normalised, resample
+from stitchvm_reward.steering.settings import BestOfN, FeynmanKac
+from stitchvm_reward.steering.values import Value
+from tests.stitchvm_reward.steering.gaussian import Parabola, chain_moments, gaussian_denoiser
+
+STEPS, PROMPTS, PARTICLES = 8, 16, 512
+
+
+def settings(**changes) -> FeynmanKac:
+    return FeynmanKac(**({"particles": PARTICLES, "temperature": 1.0, "every": 2, "window": [1, 7]} | changes))
+
+
+def moments(steered):
+    """Means over the prompts of the weighted mean and variance, and the standard errors of both."""
+    latents, weights = steered.latents.flatten(1).double(), steered.weights
+    means = (weights * latents).sum(1)
+    variances = (weights * (latents - means[:, None]).square()).sum(1)
+    return [(float(x.mean()), float(x.std()) / len(x) ** 0.5) for x in (means, variances)]
+
+
+@pytest.mark.parametrize("resampling", ["systematic", "multinomial"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
+def test_the_weighted_particles_are_samples_of_the_tilted_chain(resampling, temperature):
+    denoiser, value = gaussian_denoiser(PROMPTS, STEPS), Parabola()
+    mean, variance = chain_moments(denoiser)
+    precision = 1 / variance + temperature
+    expected = (mean / variance + temperature * value.centre) / precision, 1 / precision
+    steered = fk(denoiser, value, settings(temperature=temperature, resampling=resampling))
+    for (found, error), wanted in zip(moments(steered), expected):
+        assert abs(found - wanted) < 3 * error, (found, wanted, error)
+        assert error < 0.05 * variance**0.5
+
+
+def test_that_comparison_finds_weights_that_forget_what_was_weighed_before():
+    denoiser, value = gaussian_denoiser(PROMPTS, STEPS), Parabola()
+    mean, variance = chain_moments(denoiser)
+    expected = (mean / variance + value.centre) / (1 / variance + 1)
+
+    class Forgetful(Parabola):
+        """Counts what the first resampling weighed once more."""
+
+        def one(self, denoiser, latents, rows, count, step):
+            values, known = super().one(denoiser, latents, rows, count, step)
+            return values * (2 if step == denoiser.steps else 1), known
+
+    found, error = moments(fk(denoiser, Forgetful(), settings()))[0]
+    assert abs(found - expected) > 10 * error
+
+
+@pytest.mark.parametrize("stochasticity", [1.0, 2.0])
+def test_no_temperature_is_plain_sampling(stochasticity):
+    denoiser = gaussian_denoiser(4, STEPS, stochasticity=stochasticity)
+    plain = best_of_n(denoiser, Parabola(), BestOfN(particles=PARTICLES))
+    steered = fk(denoiser, Parabola(), settings(temperature=0.0))
+    assert torch.equal(steered.latents, plain.latents)
+    assert all(torch.equal(event.effective, torch.full((4,), PARTICLES).double()) for event in steered.trace)
+    # Multinomial resampling draws doubles even then: equal in distribution.
+    latents = fk(denoiser, Parabola(), settings(temperature=0.0, resampling="multinomial")).latents.flatten().double()
+    mean, variance = chain_moments(denoiser)
+    assert float(latents.mean()) == pytest.approx(mean, abs=0.06)
+    assert float(latents.var()) == pytest.approx(variance, rel=0.15)
+
+
+@pytest.mark.parametrize("each", [1, 5])
+def test_a_particle_has_as_many_children_as_its_weight_says_on_average(each):
+    weights = torch.tensor([[0.02, 0.4, 0.28, 0.0, 0.3]], dtype=torch.float64)
+    uniforms = torch.rand(20_000, each, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ancestors = resample(weights.expand(20_000, 5), uniforms)
+    counts = torch.nn.functional.one_hot(ancestors, 5).sum(1).double()
+    assert torch.allclose(counts.mean(0), 5 * weights[0], atol=0.03)
+    assert (ancestors.diff(dim=1) >= 0).all()
+    if each == 1:  # systematic: rounded down or up, never further off
+        assert ((counts - 5 * weights).abs() < 1).all()
+
+
+def test_equal_weights_change_nothing_in_systematic_resampling():
+    for count in (2, 3, 7, 14, 100):
+        weights = normalised(torch.full((50, count), -3.0))
+        uniforms = torch.rand(50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+        assert torch.equal(resample(weights, uniforms), torch.arange(count).expand(50, count))
+
+
+def test_weights_of_any_size_stay_numbers():
+    weights = normalised(torch.tensor([[1e6, 1e6 - 1, -1e6], [-1e8, -1e8, -1e8]]))
+    assert torch.allclose(weights.sum(1), torch.ones(2, dtype=torch.float64)) and weights.isfinite().all()
+    assert weights[0, 0] / weights[0, 1] == pytest.approx(2.71828, rel=1e-4)
+    assert effective_size(weights).tolist() == pytest.approx([1 / (0.731059**2 + 0.268941**2), 3.0], rel=1e-4)
+
+
+def test_proposals_raise_the_value_and_the_first_is_the_plain_one():
+    denoiser, value = gaussian_denoiser(8, STEPS), Parabola(centre=2.0)
+    reached = [
+        float(fk(denoiser, value, settings(particles=16, proposals=count, window=[7, 7])).values.mean())
+        for count in (1, 2, 6)
+    ]
+    assert reached[0] < reached[1] < reached[2]
+    latents = denoiser.start(2)
+    one = denoiser.advance(latents, latents, 1)
+    three = denoiser.advance(latents, latents, 1, proposals=3)
+    assert torch.equal(one, three[::3]) and len(three) == 48
+
+
+def test_a_value_that_is_not_finite_is_told():
+    class Broken(Value):
+        def one(self, denoiser, latents, rows, count, step):
+            return torch.full((len(latents),), float("nan") if step == 5 else 1.0), Known()
+
+    with pytest.raises(InputError, match="32 of 32 values after 5 steps are not finite"):
+        fk(gaussian_denoiser(2, STEPS), Broken(), settings(particles=16))
+
+
+def test_the_noise_of_a_particle_depends_on_its_prompts_number_alone():
+    whole, value = gaussian_denoiser(5, STEPS), Parabola()
+    part = whole.part(range(2, 4))
+    for steer in (
+        lambda denoiser: fk(denoiser, value, settings(particles=8)),
+        lambda denoiser: best_of_n(denoiser, value, BestOfN(particles=8, prune_at=3)),
+    ):
+        assert torch.equal(steer(whole).latents[2:4], steer(part).latents)
+
+
+def test_pruning_takes_the_best_so_far_to_the_end():
+    denoiser, value = gaussian_denoiser(6, STEPS), Parabola(centre=2.0)
+    whole = best_of_n(denoiser, value, BestOfN(particles=16))
+    pruned = best_of_n(denoiser, value, BestOfN(particles=16, prune_at=5))
+    plain = best_of_n(denoiser, value, BestOfN(particles=1))
+    assert pruned.latents.shape[1] == 1 and [event.step for event in pruned.trace] == [5]
+    means = [float(steered.values.amax(1).mean()) for steered in (plain, pruned, whole)]
+    assert means[0] < means[1] < means[2]

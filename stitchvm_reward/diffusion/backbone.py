@@ -39,7 +39,7 @@ class HalfPass:
         """The image tokens on their grid, (batch, width, height, width)."""
         return self.image.transpose(1, 2).unflatten(2, self.grid)
 
-    def select(self, rows: Tensor) -> "HalfPass":
+    def select(self, rows: Tensor | slice) -> "HalfPass":
         """The pass of some samples, repeated as often as they are named."""
         return replace(self, text=self.text[rows], image=self.image[rows], time=self.time[rows])
 

@@ -21,7 +21,7 @@ class Known:
     velocity: Tensor | None = None
     passes: dict[str, HalfPass] = field(default_factory=dict)
 
-    def select(self, rows: Tensor) -> "Known":
+    def select(self, rows: Tensor | slice) -> "Known":
         """What is known of some of the latents, repeated as often as they are named."""
         velocity = None if self.velocity is None else self.velocity[rows]
         return Known(velocity, {branch: stands.select(rows) for branch, stands in self.passes.items()})
@@ -75,17 +75,20 @@ class Denoiser:
             conditions=self.conditions.select(rows),
         )
 
-    def batches(self, count: int) -> Iterator[Tensor]:
+    def batches(self, count: int) -> Iterator[tuple[range, slice]]:
         """The rows of (count, ...) latents in micro batches."""
-        yield from torch.arange(count, device=self.generator.device).split(self.micro_batch)
+        for start in range(0, count, self.micro_batch):
+            stop = min(start + self.micro_batch, count)
+            yield range(start, stop), slice(start, stop)
 
-    def texts(self, rows: Tensor, count: int) -> list[str]:
+    def texts(self, rows: range, count: int) -> list[str]:
         """The prompts of some rows of `count` latents."""
-        return [self.prompts[row // (count // len(self.prompts))] for row in rows.tolist()]
+        return [self.prompts[row // (count // len(self.prompts))] for row in rows]
 
-    def conditions_of(self, rows: Tensor, count: int) -> Conditions:
+    def conditions_of(self, rows: range, count: int) -> Conditions:
         """What the network reads for some rows of `count` latents."""
-        return self.conditions.select(rows // (count // len(self.prompts)))
+        places = [row // (count // len(self.prompts)) for row in rows]
+        return self.conditions.select(torch.tensor(places, device=self.generator.device))
 
     def usable(self, passes: dict[str, HalfPass]) -> dict[str, HalfPass]:
         """Those of a value's passes that are this network's own beginnings, by branch."""
@@ -98,10 +101,13 @@ class Denoiser:
             return known.velocity
         count = len(latents)
         with torch.no_grad():
-            parts = [self.guided(latents[r], sigma, r, count, known.select(r)) for r in self.batches(count)]
+            parts = [
+                self.guided(latents[place], sigma, rows, count, known.select(place))
+                for rows, place in self.batches(count)
+            ]
         return torch.cat(parts)
 
-    def guided(self, latents: Tensor, sigma: float, rows: Tensor, count: int, known: Known) -> Tensor:
+    def guided(self, latents: Tensor, sigma: float, rows: range, count: int, known: Known) -> Tensor:
         """Guided velocity, float32, of `latents`, the `rows` of `count`; with gradient where gradients are on."""
         told = self._branch("prompt", latents, sigma, self.conditions_of(rows, count), known)
         if self.negative is None:

@@ -18,7 +18,7 @@ class Value:
     name = "value"
 
     def one(
-        self, denoiser: Denoiser, latents: Tensor, rows: Tensor, count: int, step: int
+        self, denoiser: Denoiser, latents: Tensor, rows: range, count: int, step: int
     ) -> tuple[Tensor, Known]:  # pragma: no cover
         """Values (batch,) float32 of one micro batch, the `rows` of `count` latents, and what they make known."""
         raise NotImplementedError
@@ -27,7 +27,7 @@ class Value:
     def measure(self, denoiser: Denoiser, latents: Tensor, step: int) -> tuple[Tensor, Known]:
         """Values (count,) float32 of (count, c, h, w) latents, and what is known of their next forward pass."""
         count = len(latents)
-        parts = [self.one(denoiser, latents[rows], rows, count, step) for rows in denoiser.batches(count)]
+        parts = [self.one(denoiser, latents[place], rows, count, step) for rows, place in denoiser.batches(count)]
         return torch.cat([values for values, _ in parts]), join([known for _, known in parts])
 
     def gradient(self, denoiser: Denoiser, latents: Tensor, step: int) -> tuple[Tensor, Tensor, Known]:
@@ -36,9 +36,9 @@ class Value:
         Raises InputError where the values have none.
         """
         parts: list[tuple[Tensor, Tensor, Known]] = []
-        for rows in denoiser.batches(len(latents)):
+        for rows, place in denoiser.batches(len(latents)):
             with torch.enable_grad():
-                own = latents[rows].detach().requires_grad_()
+                own = latents[place].detach().requires_grad_()
                 values, known = self.one(denoiser, own, rows, len(latents), step)
                 if not values.requires_grad:
                     raise InputError(f"dps needs a gradient, {self.name} gives none: it must be differentiable")
@@ -58,7 +58,7 @@ class StitchedValue(Value):
     def __init__(self, models: dict[str, StitchedValueModel], weights: dict[str, float]):
         self.models, self.weights, self.name = models, weights, " + ".join(models)
 
-    def one(self, denoiser: Denoiser, latents: Tensor, rows: Tensor, count: int, step: int) -> tuple[Tensor, Known]:
+    def one(self, denoiser: Denoiser, latents: Tensor, rows: range, count: int, step: int) -> tuple[Tensor, Known]:
         scores, passes = score_and_keep(
             self.models,
             latents,
@@ -76,13 +76,13 @@ class TweedieValue(Value):
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]):
         self.rewards, self.weights, self.name = rewards, weights, " + ".join(rewards)
 
-    def judge(self, denoiser: Denoiser, clean: Tensor, rows: Tensor, count: int) -> Tensor:
+    def judge(self, denoiser: Denoiser, clean: Tensor, rows: range, count: int) -> Tensor:
         """The weighted sum of the rewards (batch,) float32 of clean latents."""
         images, texts = denoiser.generator.decode(clean), denoiser.texts(rows, count)
         scores = [self.weights[name] * reward.score(images, texts) for name, reward in self.rewards.items()]
         return torch.stack([score.to(clean.device) for score in scores]).sum(0)
 
-    def one(self, denoiser: Denoiser, latents: Tensor, rows: Tensor, count: int, step: int) -> tuple[Tensor, Known]:
+    def one(self, denoiser: Denoiser, latents: Tensor, rows: range, count: int, step: int) -> tuple[Tensor, Known]:
         sigma = denoiser.sigmas[step]
         if sigma == 0:
             return self.judge(denoiser, latents, rows, count), Known()
@@ -99,7 +99,7 @@ class MonteCarloValue(TweedieValue):
         self.rollouts = rollouts
 
     @torch.no_grad()
-    def one(self, denoiser: Denoiser, latents: Tensor, rows: Tensor, count: int, step: int) -> tuple[Tensor, Known]:
+    def one(self, denoiser: Denoiser, latents: Tensor, rows: range, count: int, step: int) -> tuple[Tensor, Known]:
         if denoiser.sigmas[step] == 0:
             return super().one(denoiser, latents, rows, count, step)
         sigmas = denoiser.sigmas[step:]
@@ -117,7 +117,7 @@ class MonteCarloValue(TweedieValue):
         return torch.stack(found).mean(0), Known(velocity=first)
 
     @staticmethod
-    def _noise(denoiser: Denoiser, rows: Tensor, count: int, step: int, rollout: int, steps: int) -> Tensor:
+    def _noise(denoiser: Denoiser, rows: range, count: int, step: int, rollout: int, steps: int) -> Tensor:
         """(batch, steps, c, h, w), each particle's own."""
         each, shape = count // len(denoiser.prompts), denoiser.generator.latent_shape
         drawn = [
@@ -128,6 +128,6 @@ class MonteCarloValue(TweedieValue):
                     denoiser.seed, randomness.MONTE_CARLO, denoiser.numbers[row // each], row % each, step, rollout
                 ),
             )
-            for row in rows.tolist()
+            for row in rows
         ]
         return torch.stack(drawn).to(denoiser.generator.device)

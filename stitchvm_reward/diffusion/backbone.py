@@ -26,12 +26,13 @@ class HalfPass:
     """A forward pass of `network` that stands after its first `blocks` blocks, to be gone on with or left.
 
     `text` (batch, length, width), `image` (batch, tokens, width) on a grid of `grid` tokens, `time` (batch, width).
+    After the last block there is no text.
     """
 
     network: Any
     blocks: int
     grid: tuple[int, int]
-    text: Tensor
+    text: Tensor | None
     image: Tensor
     time: Tensor
 
@@ -41,11 +42,13 @@ class HalfPass:
 
     def select(self, rows: Tensor | slice) -> "HalfPass":
         """The pass of some samples, repeated as often as they are named."""
-        return replace(self, text=self.text[rows], image=self.image[rows], time=self.time[rows])
+        text = None if self.text is None else self.text[rows]
+        return replace(self, text=text, image=self.image[rows], time=self.time[rows])
 
     def detach(self) -> "HalfPass":
         """The same without gradient."""
-        return replace(self, text=self.text.detach(), image=self.image.detach(), time=self.time.detach())
+        text = None if self.text is None else self.text.detach()
+        return replace(self, text=text, image=self.image.detach(), time=self.time.detach())
 
     def finish(self) -> Tensor:
         """Run the blocks that are left: the velocity (batch, channels, height, width) of the whole network."""
@@ -60,8 +63,9 @@ class HalfPass:
 
 def join_passes(parts: list[HalfPass]) -> HalfPass:
     """The passes of several batches as one."""
-    text, image, time = (torch.cat([getattr(part, name) for part in parts]) for name in ("text", "image", "time"))
-    return replace(parts[0], text=text, image=image, time=time)
+    texts = [part.text for part in parts if part.text is not None]
+    image, time = torch.cat([part.image for part in parts]), torch.cat([part.time for part in parts])
+    return replace(parts[0], text=torch.cat(texts) if texts else None, image=image, time=time)
 
 
 class BackboneHead:

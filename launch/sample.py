@@ -104,6 +104,10 @@ def run(arguments: argparse.Namespace) -> None:
     prompts = gather_prompts(arguments.prompts)[: arguments.count]
     device = available_device()
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    if recipe is not None:
+        from stitchvm_reward.steering.build import check_memory_first
+
+        check_memory_first(arguments.model, arguments.resolution, dtype, device, arguments.steer, recipe)
     sampler = Sampler(arguments.model, arguments.lora, dtype, device, arguments.resolution)
     seed, told = arguments.seed or 0, ""
     if recipe is None:

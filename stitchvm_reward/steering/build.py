@@ -1,5 +1,6 @@
 """Values as a recipe names them, and steering of a diffusers pipeline."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
+from stitchvm_reward.diffusion.architectures import configurations
 from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.errors import InputError
@@ -62,12 +64,33 @@ def load_value(recipe: SteeringRecipe, generator: Generator, shared: bool = True
     return TweedieValue(rewards, weights)
 
 
-def check_memory(generator: Generator, method: str, settings: Settings, tokens: int) -> None:
-    """Raise InputError where a prompt's particles do not fit into the free memory, of `tokens` text tokens each."""
-    channels, side, _ = generator.latent_shape
-    patch, width = generator.transformer.config.patch_size, generator.transformer.inner_dim
-    kept = (tokens + (side // patch) ** 2) * width * generator.dtype.itemsize
-    require_memory(method, settings, 4 * channels * side**2, kept, free_memory(generator.device))
+def check_memory(
+    config: Mapping[str, Any], side: int, itemsize: int, method: str, settings: Settings, tokens: int, free: int
+) -> None:
+    """Raise InputError where the particles do not fit into `free` bytes, for a transformer of this configuration on
+    latents of `side` and `tokens` text tokens."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    kept = (tokens + (side // config["patch_size"]) ** 2) * width * itemsize
+    require_memory(method, settings, 4 * config["in_channels"] * side**2, kept, free)
+
+
+def check_generator_memory(generator: Generator, method: str, settings: Settings, tokens: int) -> None:
+    """As `check_memory`, of a generator that is there."""
+    config, side, free = generator.transformer.config, generator.latent_shape[1], free_memory(generator.device)
+    check_memory(config, side, generator.dtype.itemsize, method, settings, tokens, free)
+
+
+def check_memory_first(
+    model: str, resolution: int | None, dtype: torch.dtype, device: torch.device, method: str, settings: Settings
+) -> None:
+    """As `check_memory`, of a model that is not loaded yet; one whose shape is not known here is left for later."""
+    try:
+        config, vae, clip_tokens = configurations(model)
+    except InputError:
+        return
+    side = resolution // 2 ** (len(vae["block_out_channels"]) - 1) if resolution else config["sample_size"]
+    free = free_memory(device)
+    check_memory(config, side, dtype.itemsize, method, settings, clip_tokens + T5_LENGTH, free)
 
 
 @dataclass(frozen=True)
@@ -115,7 +138,7 @@ def steer(
                 )
     lengths = T5_LENGTH if pipeline.tokenizer_3 is None else min(T5_LENGTH, pipeline.tokenizer_3.model_max_length)
     conditions, negative = encode(pipeline, prompts, negative_prompt, t5_length or lengths)
-    check_memory(generator, method, settings, conditions.tokens.shape[1])
+    check_generator_memory(generator, method, settings, conditions.tokens.shape[1])
     denoiser = make_denoiser(generator, prompts, conditions, negative, chosen, settings)
     with progress_bar(len(prompts), method, settings) as bar:
         steered = steer_prompts(denoiser, method, chosen, settings, bar)

@@ -16,7 +16,7 @@ from stitchvm_reward.files import write_json
 from stitchvm_reward.rewards import FunctionReward, check_finite, find_function
 from stitchvm_reward.rewards.recipe import RewardRecipe
 from stitchvm_reward.runs.recipe import DTYPES, at_least, one_of, read_recipe, require
-from stitchvm_reward.steering.build import check_memory, check_rewards, load_value, pixel_reward
+from stitchvm_reward.steering.build import check_generator_memory, check_rewards, load_value, pixel_reward
 from stitchvm_reward.steering.denoiser import Denoiser
 from stitchvm_reward.steering.sampling import make_denoiser, progress_bar, steer_prompts
 from stitchvm_reward.steering.settings import METHODS, SteeringRecipe
@@ -114,7 +114,7 @@ class Comparison:
         settings.seed = seed
         value, prompts = load_value(settings, self.generator), self.prompts[:count]
         conditions, negative = self.embeddings.conditions(prompts), self.embeddings.conditions([""])
-        check_memory(self.generator, arm.method, settings, conditions.tokens.shape[1])
+        check_generator_memory(self.generator, arm.method, settings, conditions.tokens.shape[1])
         return make_denoiser(self.generator, prompts, conditions, negative, value, settings), value
 
     @torch.no_grad()

@@ -1,5 +1,7 @@
 """Seeded pictures, base beside tuned."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -90,6 +92,75 @@ def test_size_count_and_rows_are_as_asked_for(lora, launched, tmp_path):
     assert code == 0 and "2 prompts at 48 px" in out, error
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (2 * (2 * (96 + 6) - 6 + 12), 20 + 96 + 32 + 6)
+
+
+@pytest.mark.parametrize("method", ["best_of_n", "fk", "dps"])
+def test_steered_pictures_stand_beside_plain_ones_from_the_same_noise(method, launched, tmp_path):
+    usual = ("sample", MODEL, "--prompts", *PROMPTS, "--steering", "recipes/steer/shapes.yaml", "--steps", 4)
+    small = ("--set", "fk.window=[1,3]", "fk.every=1", "fk.particles=3", "best_of_n.particles=3", "dps.strength=200")
+    written = ("--grid", tmp_path / "grid.png", "--out", tmp_path / "single", "--trace", tmp_path / "trace.json")
+    code, out, error = launched(*usual, "--steer", method, *small, *written)
+    assert code == 0 and f"3 prompts at 64 px, seed 0, steered by {method}" in out, error
+    names = sorted(path.name for path in (tmp_path / "single").iterdir())
+    assert names == [f"{index:04d}-{name}.png" for index in range(3) for name in ("plain", "steered")]
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    assert trace["prompts"] == PROMPTS and len(trace["trace"]) == 3
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (2 * (96 + 6) - 6 + 12, 20 + 3 * (96 + 32 + 6))
+
+
+def test_a_tuned_model_is_steered_with_its_adapters(lora, launched, tmp_path):
+    usual = ("sample", MODEL, "--prompts", PROMPTS[0], "--steer", "dps", "--steering", "recipes/steer/shapes.yaml")
+    small = ("--steps", 3, "--set", "dps.strength=0", "--grid", tmp_path / "grid.png")
+    for name, more in (("base", ()), ("tuned", ("--lora", lora))):
+        assert launched(*usual, *small, *more, "--out", tmp_path / name)[0] == 0
+    pictures = [(tmp_path / name / "0000-steered.png").read_bytes() for name in ("base", "tuned")]
+    assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--steer", "fk"), "--steer needs --steering RECIPE"),
+        (("--steering", "recipes/steer/shapes.yaml"), "--steering goes with --steer METHOD"),
+        (("--steer", "smc", "--steering", "recipes/steer/shapes.yaml"), "must be one of best_of_n, fk, dps, got 'smc'"),
+        (("--steer", "fk", "--steering", "nowhere.yaml"), "recipe not found: nowhere.yaml"),
+        (("--steer", "fk", "--batch", 2, "--steering", "recipes/steer/shapes.yaml"), "--batch is for plain sampling"),
+    ],
+)
+def test_bad_steering_is_told_in_one_line(arguments, told, launched, tmp_path):
+    usual = ("--prompts", "a red cross", "--grid", tmp_path / "grid.png")
+    code, out, error = launched("sample", MODEL, *usual, *arguments)
+    assert code == 2 and out == "" and len(error.splitlines()) == 1 and told in error, error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "told"),
+    [
+        ("fk", "fk.window=[8,32]", "fk.window must end within the schedule's 12 steps, got [8, 32]"),
+        ("fk", "fk.window=[3,2]", "fk.window must be [first, last] with 1 <= first <= last, got [3, 2]"),
+        ("fk", "fk.partciles=3", "unknown recipe key fk.partciles: did you mean 'particles'?"),
+        ("fk", "fk.particles=0", "fk.particles must be at least 1"),
+        ("fk", "fk.resampling=residual", "fk.resampling must be one of systematic, multinomial"),
+        ("dps", "dps.window=[4,12]", "dps.window must lie within the schedule, steps 0 to 11"),
+        ("dps", "dps.strength=.inf", "dps.strength must be finite"),
+        ("dps", "dps.schedule=cosine", "dps.schedule must be one of constant, sigma, tilt"),
+        ("dps", "estimate=monte_carlo", "dps needs a gradient: estimate must be tweedie"),
+        ("best_of_n", "best_of_n.prune_at=12", "best_of_n.prune_at must lie within the schedule's 12 steps"),
+        ("fk", "stochasticity=0", "fk.proposals must be 1 where stochasticity is 0"),
+        ("fk", "rewards=[]", "rewards must list at least one reward"),
+        ("fk", "rewards=[{kind: value, value_model: nowhere}]", "value model not found: nowhere"),
+        ("fk", "fk.particles=100000000", "100000000 particles of 4 proposals must fit into memory"),
+        ("dps", "dps.strength=1e30", "lower dps.strength, which is 1e+30"),
+    ],
+)
+def test_settings_of_steering_that_do_not_fit_are_told_in_one_line(method, change, told, launched, tmp_path):
+    usual = ("--prompts", "a red cross", "--grid", tmp_path / "grid.png", "--steering", "recipes/steer/shapes.yaml")
+    code, out, error = launched("sample", MODEL, *usual, "--steer", method, "--set", change)
+    assert code == 2 and out == "" and told in error.splitlines()[-1], error
+    assert sum("error:" in line for line in error.splitlines()) == 1 and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_prompt_is_text_unless_it_ends_like_a_prompt_file(tmp_path):

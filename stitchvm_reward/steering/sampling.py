@@ -135,7 +135,8 @@ def alike(first: Conditions, second: Conditions) -> bool:
     """Whether two conditions are the same but for the rounding of their number formats."""
     pairs = ((first.tokens, second.tokens), (first.pooled, second.pooled))
     return all(
-        a.shape == b.shape and float((a.float() - b.float()).norm() / b.float().norm()) < ALIKE for a, b in pairs
+        a is b or (a.shape == b.shape and float((a.float() - b.float()).norm() / b.float().norm()) < ALIKE)
+        for a, b in pairs
     )
 
 

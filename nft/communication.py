@@ -53,9 +53,10 @@ def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> 
     found = [
         Message("gradients", updates, GRADIENT * adapter_parameters),
         Message("loss sums", updates, LOSS_SUMS),
-        # Each reward and their sum; which prompt a sample is of; where its rollout stopped.
+        # Each reward and their sum; which prompt a sample is of, and where its rollout stopped.
         Message("rewards", len(recipe.rewards) + 1, scores),
-        Message("groups and tau", 2, scores),
+        # Which only rewards that are compared need.
+        Message("groups and tau", 0 if recipe.train.objective == "draft" else 2, scores),
         Message("meetings of the rollout", 1 + most(geometry), MEETING),
         Message("meetings of the training", rounds, MEETING),
         Message("audit: values and rewards", 2 * audits, scores),

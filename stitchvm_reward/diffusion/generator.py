@@ -127,9 +127,9 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return (encoded - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-@torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images (batch, 3, height, width), float32 in [0, 1], of clean latents, by an autoencoder of any dtype."""
+    """Images (batch, 3, height, width), float32 in [0, 1], of clean latents, by an autoencoder of any dtype;
+    differentiable."""
     scaled = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
     decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
     return (decoded.float() / 2 + 0.5).clamp(0, 1)
@@ -185,7 +185,7 @@ class Generator:
         )[0]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (batch, 3, resolution, resolution), float32 in [0, 1], of clean latents."""
+        """Images (batch, 3, resolution, resolution), float32 in [0, 1], of clean latents; differentiable."""
         return decode(self.vae, latents)
 
     def compile_blocks(self, backend: str = "inductor") -> None:

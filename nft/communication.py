@@ -132,8 +132,10 @@ def _flops(recipe: Recipe, geometry: Geometry, found: Costs, stops: Sequence[flo
     phases = {name: 1e12 * cost / geometry.samples for name, cost in work(recipe, geometry, found).items()}
     after = phases["decode"] + phases["score"]
     members = [geometry.members(batch) for batch in range(geometry.batches)]
+    left = recipe.train.draft_steps if recipe.train.objective == "draft" else 0
     rollout = [
-        sum(stops[n // geometry.group_size] * found.forward_flops + after for n in samples) for samples in members
+        sum((stops[n // geometry.group_size] - left) * found.forward_flops + after for n in samples)
+        for samples in members
     ]
     training = [len(samples) * phases["train"] for samples in members]
     dealt = geometry.deal([sum(stops[n // geometry.group_size] for n in samples) for samples in members])

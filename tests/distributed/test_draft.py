@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import BACKENDS, EVEN, WORKER, furthest, loss_apart, run_all, samples, start, weights
+from tests.distributed.launching import EVEN, WORKER, furthest, loss_apart, run_all, samples, start, weights
 from tests.tiny import DRAFT, RECIPE, STOPPED
 
 CLOSE = 1e-5
+BACKENDS = ("ddp", "zero2", "zero3")
 FULL = (*EVEN, *DRAFT, "epochs=3", "train.draft_steps=2", "train.gradient_checkpointing=true")
 # Nine samples in five micro batches, the last one short: a process has none left where the other has one.
 UNEVEN = ("rollout.groups=3", "rollout.group_size=3", "rollout.micro_batch=2", "train.updates_per_epoch=2")
@@ -39,9 +40,9 @@ def test_two_processes_compute_what_one_does(runs, backend, name):
     one, two = runs / "one" / name, runs / backend / name
     # A linear layer adds its bias apart under ZeRO-3.
     assert furthest(samples(two, 0), samples(one, 0)) <= (CLOSE if backend == "zero3" else 0)
-    assert loss_apart(one, two) <= 10 * CLOSE
+    assert loss_apart(one, two) <= CLOSE
     for epoch in range(1, LAST + 1):
-        assert furthest(weights(one, epoch), weights(two, epoch)) <= 5 * CLOSE
+        assert furthest(weights(one, epoch), weights(two, epoch)) <= CLOSE
     assert furthest(weights(one, LAST), weights(one, 1)) > 10 * CLOSE
 
 

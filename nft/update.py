@@ -82,7 +82,8 @@ def draft_rollout_loss(trainer: "Trainer", rollout: Rollout, epoch: int) -> tupl
         torch.tensor(trainer.sigmas, dtype=torch.float64)[stops - left] for left in range(train.draft_steps, -1, -1)
     ]
     down = torch.stack(levels).to(device)
-    network, checkpointed = trainer.network, train.gradient_checkpointing
+    # ZeRO-3 may not be run again as a whole in a backward pass: there the blocks' own checkpoints must do.
+    network, checkpointed = trainer.network, train.gradient_checkpointing and trainer.backend.stage < 3
     end, states, velocities = last_steps(trainer.generator, network, conditions, rollout.anchor, down, checkpointed)
     references = None
     if train.beta_kl > 0:

@@ -42,7 +42,8 @@ def test_two_processes_compute_what_one_does(runs, backend, name):
     assert furthest(samples(two, 0), samples(one, 0)) <= (CLOSE if backend == "zero3" else 0)
     assert loss_apart(one, two) <= CLOSE
     for epoch in range(1, LAST + 1):
-        assert furthest(weights(one, epoch), weights(two, epoch)) <= CLOSE
+        found = weights(two, epoch)
+        assert furthest(weights(one, epoch), found) <= CLOSE  # the old policy's too, which a checkpoint may hold stale
     assert furthest(weights(one, LAST), weights(one, 1)) > 10 * CLOSE
 
 

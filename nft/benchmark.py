@@ -120,6 +120,7 @@ class Bench:
             sigma = torch.full((batch,), 0.8, device=self.device)
             return self.generator.velocity(self.rollout.anchor, sigma, self.rollout.conditions)
 
+    @torch.no_grad()
     def decode(self) -> Tensor:
         """Images of the micro batch."""
         return self.generator.decode(self.rollout.anchor)
@@ -195,8 +196,12 @@ def measure(recipe: Recipe, repeats: int, device: torch.device) -> dict[str, Any
     """Rows by phase and what they come to: milliseconds, GFLOP and peak MiB of one sample, and its calls an epoch.
 
     A row's `share` is its part of the device's peak; `images_per_second` is what one process does of whole epochs,
-    evaluation and encoding left out. Raises InputError for a model whose shape is not known here.
+    evaluation and encoding left out. Raises InputError for a model whose shape is not known here, or another objective.
     """
+    if recipe.train.objective != "nft":
+        raise InputError(
+            f"only train.objective=nft can be measured, got {recipe.train.objective!r}: time a run instead"
+        )
     batch = recipe.rollout.micro_batch
     rows = [encode_cost(recipe, device, repeats)]
     bench = Bench(recipe, device)

@@ -20,6 +20,10 @@ from stitchvm_reward.runs.tracking import read_metrics
 FORMATS = ("comfyui", "peft", "merged")
 OUR_TAG = "stitch-nft"
 PICTURES = {"curves.png": "Measures over the run", "before_after.png": "Held-out pictures before and after the run"}
+METHODS = {
+    "nft": "reinforcement with the negative-aware objective of [DiffusionNFT](https://arxiv.org/abs/2509.16117)",
+    "draft": "direct reward fine-tuning ([DRaFT](https://arxiv.org/abs/2309.17400))",
+}
 LAYOUTS = {
     "comfyui": "in the layout that ComfyUI and diffusers read",
     "peft": "in PEFT's own layout",
@@ -139,8 +143,8 @@ def write_card(folder: Path, trained: Trained, kind: str, dtype: str, deviation:
     body = [
         f"# {texts.title or default_title(recipe)}",
         "",
-        f"LoRA adapters of {base_name(trained) or recipe.model.path} by reinforcement with the negative-aware "
-        f"objective of [DiffusionNFT](https://arxiv.org/abs/2509.16117), trained with stitch-nft; {LAYOUTS[kind]}.",
+        f"LoRA adapters of {base_name(trained) or recipe.model.path} by {METHODS[recipe.train.objective]}, trained "
+        f"with stitch-nft; {LAYOUTS[kind]}.",
         "",
         f"- reward: {reward_text(recipe)}",
         f"- adapters: rank {recipe.lora.rank}, alpha {recipe.lora.alpha}, {len(trained.scaling)} layers "

@@ -53,9 +53,10 @@ def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> 
     found = [
         Message("gradients", updates, GRADIENT * adapter_parameters),
         Message("loss sums", updates, LOSS_SUMS),
-        # Each reward and their sum; which prompt a sample is of; where its rollout stopped.
+        # Each reward and their sum; which prompt a sample is of, and where its rollout stopped.
         Message("rewards", len(recipe.rewards) + 1, scores),
-        Message("groups and tau", 2, scores),
+        # Which only rewards that are compared need.
+        Message("groups and tau", 0 if recipe.train.objective == "draft" else 2, scores),
         Message("meetings of the rollout", 1 + most(geometry), MEETING),
         Message("meetings of the training", rounds, MEETING),
         Message("audit: values and rewards", 2 * audits, scores),
@@ -131,8 +132,10 @@ def _flops(recipe: Recipe, geometry: Geometry, found: Costs, stops: Sequence[flo
     phases = {name: 1e12 * cost / geometry.samples for name, cost in work(recipe, geometry, found).items()}
     after = phases["decode"] + phases["score"]
     members = [geometry.members(batch) for batch in range(geometry.batches)]
+    left = recipe.train.draft_steps if recipe.train.objective == "draft" else 0
     rollout = [
-        sum(stops[n // geometry.group_size] * found.forward_flops + after for n in samples) for samples in members
+        sum((stops[n // geometry.group_size] - left) * found.forward_flops + after for n in samples)
+        for samples in members
     ]
     training = [len(samples) * phases["train"] for samples in members]
     dealt = geometry.deal([sum(stops[n // geometry.group_size] for n in samples) for samples in members])

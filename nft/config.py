@@ -5,12 +5,17 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from nft.objective import SPACES
+from nft.objective import OBJECTIVES, SPACES
 from nft.policy import INITS
 from stitchvm_reward.diffusion.solvers import SOLVERS
 from stitchvm_reward.rewards.recipe import RewardRecipe
 from stitchvm_reward.runs.recipe import DTYPES, CheckpointRecipe, at_least, one_of, positive, read_recipe, require
 
+# What an objective does not read: another value there is a mistake.
+UNREAD = {
+    "nft": ("draft_steps",),
+    "draft": ("levels", "levels_per_sample", "space", "beta", "per_group_std"),
+}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -79,11 +84,7 @@ class RolloutRecipe:
 
     def __post_init__(self):
         at_least("rollout.groups", self.groups, 1)
-        require(
-            self.group_size >= 2,
-            "rollout.group_size must be at least 2: a lone sample has no advantage",
-            self.group_size,
-        )
+        at_least("rollout.group_size", self.group_size, 1)
         at_least("rollout.micro_batch", self.micro_batch, 1)
         at_least("rollout.steps", self.steps, 2)
         one_of("rollout.solver", self.solver, SOLVERS)
@@ -120,6 +121,10 @@ class LoraRecipe:
 
 @dataclass
 class TrainRecipe:
+    objective: str = "nft"
+    """nft (DiffusionNFT) or draft (DRaFT): rewards are compared, or back-propagated through the solver."""
+    draft_steps: int = 1
+    """The rollout's last solver steps, which draft back-propagates through: K of DRaFT-K."""
     updates_per_epoch: int = 1
     """Optimizer steps per epoch; each uses an equal share of the epoch's samples."""
     levels: str = "grid"
@@ -131,7 +136,7 @@ class TrainRecipe:
     beta: float = 1.0
     """Strength of the implicit policies v+ and v-."""
     beta_kl: float = 1.0e-4
-    """Weight of the squared distance to the reference; 0 skips the reference forward."""
+    """Weight of the mean squared distance to the reference's velocity; 0 skips the reference forward."""
     per_group_std: bool = False
     """Divide advantages by the group's own standard deviation instead of the epoch's."""
     old_schedule: int = 1
@@ -158,6 +163,8 @@ class TrainRecipe:
     a small part of its memory."""
 
     def __post_init__(self):
+        one_of("train.objective", self.objective, OBJECTIVES)
+        at_least("train.draft_steps", self.draft_steps, 1)
         at_least("train.updates_per_epoch", self.updates_per_epoch, 1)
         one_of("train.levels", self.levels, ("grid", "continuous"))
         at_least("train.levels_per_sample", self.levels_per_sample, 1)
@@ -268,6 +275,7 @@ class Recipe:
             "audit.every must be 0 where rollouts are full: there is no value model to audit",
             self.audit.every,
         )
+        self._check_objective()
         most = window[0] if window else self.rollout.steps
         require(
             self.train.levels == "continuous" or self.train.levels_per_sample <= most,
@@ -279,6 +287,37 @@ class Recipe:
             self.train.updates_per_epoch <= batches,
             f"train.updates_per_epoch must be at most the epoch's micro batches ({batches})",
             self.train.updates_per_epoch,
+        )
+
+    def _check_objective(self) -> None:
+        """Refuse what the objective cannot do, and settings that it does not read."""
+        train, rollout = self.train, self.rollout
+        draft = train.objective == "draft"
+        require(
+            draft or rollout.group_size >= 2,
+            "rollout.group_size must be at least 2: a lone sample has no advantage",
+            rollout.group_size,
+        )
+        for name in UNREAD[train.objective]:
+            default = getattr(TrainRecipe, name)
+            require(
+                getattr(train, name) == default,
+                f"train.{name} is not read where train.objective is {train.objective}: leave it at {default}",
+                getattr(train, name),
+            )
+        if not draft:
+            return
+        require(rollout.solver == "euler", "train.objective=draft needs rollout.solver=euler", rollout.solver)
+        require(
+            train.old_schedule == 0,
+            "train.objective=draft needs train.old_schedule=0: it goes on with the current policy's own rollouts",
+            train.old_schedule,
+        )
+        most = rollout.stop_window[0] if rollout.stop_window else rollout.steps
+        require(
+            train.draft_steps <= most,
+            f"train.draft_steps must be at most the {most} solver steps that every rollout has",
+            train.draft_steps,
         )
 
 

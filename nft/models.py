@@ -21,11 +21,12 @@ def load_generator(recipe: Recipe, device: torch.device) -> Generator:
 
 
 def spare_memory(generator: Generator, recipe: Recipe) -> None:
-    """Slice decoding and checkpoint blocks where the recipe says so."""
+    """Slice decoding and checkpoint blocks where the recipe says so; the decoder's only draft runs with gradient."""
     if recipe.model.vae_slicing:
         generator.vae.enable_slicing()
     if recipe.train.gradient_checkpointing:
         generator.transformer.enable_gradient_checkpointing()
+        generator.vae.enable_gradient_checkpointing()
 
 
 def make_policy(recipe: Recipe, generator: Generator) -> Policy:

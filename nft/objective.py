@@ -1,4 +1,4 @@
-"""The negative-aware fine-tuning objective. All algebra is in float32; every function is pure."""
+"""Negative-aware and direct reward fine-tuning: the losses. All algebra is in float32; every function is pure."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stitchvm_reward.diffusion.path import anchor_coefficients, bridge_velocity, per_sample
 
+OBJECTIVES = ("nft", "draft")
 SPACES = ("anchor", "velocity")
 SCALE = 5.0  # the advantage clip, so that at v = v_old the gradient is (2 r - 1) = A / 5 times SCALE: A itself
 
@@ -72,3 +73,20 @@ def nft_loss(
     policy = SCALE * (r * _branch(gains, weighted) + (1 - r) * _branch(losses, weighted)) / beta
     kl = torch.zeros_like(policy) if reference is None else _mean((v - reference.detach().float()).square())
     return Loss(policy, kl, _mean((v.detach() - v_old).square()))
+
+
+def draft_loss(reward: Tensor, velocities: Tensor, references: Tensor | None) -> Loss:
+    """The reward itself, back-propagated through the solver's last K steps (DRaFT-K, arXiv 2309.17400; with a value
+    model in the reward's place, Stitched Value Model, arXiv 2605.19804, C.3).
+
+    `reward` (batch,) in its own units and `velocities` (K, batch, ...) of those steps carry gradient; `references`
+    (K, batch, ...) or None are the base model's velocities at the same latents, constants.
+
+    Policy term: -reward. kl: mean (v - v_ref)^2 over the steps too, which C.3 weighs with .01. The old policy is the
+    current one: deviation is 0.
+    """
+    policy = -reward.float()
+    kl = torch.zeros_like(policy)
+    if references is not None:
+        kl = _mean((velocities.float() - references.detach().float()).square().transpose(0, 1))
+    return Loss(policy, kl, torch.zeros_like(policy.detach()))

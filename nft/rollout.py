@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stitchvm_reward.diffusion.generator import Conditions, Generator
+from stitchvm_reward.diffusion.path import per_sample
 from stitchvm_reward.diffusion.solvers import solve_each
 from stitchvm_reward.runs import randomness
 
@@ -103,6 +105,33 @@ def roll_on(
         conditions = rollout.table.select(rollout.rows[[rows[place] for place in own]])
         latents[own] = sample(generator, network, conditions, latents[own], sigmas[start:], solver)
     return latents
+
+
+def last_steps(
+    generator: Generator,
+    network: nn.Module,
+    conditions: Conditions,
+    latents: Tensor,
+    levels: Tensor,
+    checkpointed: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Euler steps with gradient from `latents` (batch, c, h, w) down `levels` (steps + 1, batch), float64.
+
+    Returns the float32 latents at the last level, as `sample` gives them, and what each step began from and its
+    velocity, both (steps, batch, c, h, w). `checkpointed` steps keep only what they begin from and are run again in the
+    backward pass.
+    """
+    states, velocities = [], []
+    for level, following in zip(levels, levels[1:]):
+        inputs = (latents, level, conditions, network)
+        if checkpointed:
+            velocity = checkpoint(generator.velocity, *inputs, use_reentrant=False)
+        else:
+            velocity = generator.velocity(*inputs)
+        states.append(latents)
+        velocities.append(velocity.float())
+        latents = latents + per_sample((following - level).float(), latents) * velocities[-1]
+    return latents, torch.stack(states), torch.stack(velocities)
 
 
 def training_levels(

@@ -42,12 +42,13 @@ class Scorer:
         total = sum(self.weights[name] * values.to(self.device) for name, values in scores.items())
         return scores | {"total": torch.as_tensor(total)}
 
-    @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """(batch,) float32 per reward on images, and `total`; whether they are finite is for the caller to see."""
+        """(batch,) float32 per reward on images, and `total`, differentiable where the rewards are.
+
+        Whether they are finite is for the caller to see.
+        """
         return self._total({name: reward.score(images, prompts) for name, reward in self.rewards.items()})
 
-    @torch.no_grad()
     def value(self, latents: Tensor, tau: Tensor, prompts: list[str], conditions: Conditions) -> dict[str, Tensor]:
         """(batch,) float32 per value model on latents at levels tau (batch,), and `total`; as `score` otherwise.
 

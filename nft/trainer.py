@@ -1,6 +1,5 @@
 """The online loop: roll out, score, update, and look."""
 
-from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -9,11 +8,11 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from nft.advantage import advantages, collapsed_groups, optimality
 from nft.audit import Audit, audited
 from nft.backend import Backend, zero_stage
 from nft.config import Recipe
 from nft.geometry import geometry_of
+from nft.judge import judge
 from nft.lockstep import LockStep
 from nft.lora import lora_header, save_lora
 from nft.models import load_generator, make_policy
@@ -26,7 +25,7 @@ from nft.update import optimizer_step
 from stitchvm_reward.diffusion.generator import PromptEmbeddings
 from stitchvm_reward.diffusion.solvers import sigma_schedule
 from stitchvm_reward.errors import SharedError
-from stitchvm_reward.rewards import check_finite, not_finite
+from stitchvm_reward.rewards import check_finite
 from stitchvm_reward.runs import checkpoint, randomness
 from stitchvm_reward.runs.agreement import Agreement, Stopped
 from stitchvm_reward.runs.geometry import share
@@ -44,6 +43,7 @@ class Trainer:
         self.agreement = agreement or Agreement(accelerator)
         self.main, self.timings = accelerator.is_main_process, self.agreement.timings
         rollout, train = recipe.rollout, recipe.train
+        self.draft = train.objective == "draft"
         self.geometry = geometry_of(recipe, accelerator.num_processes)
         self.prompts, self.held_out = check_prompts(recipe)
         self.scorer = Scorer(recipe, accelerator.device)
@@ -125,13 +125,19 @@ class Trainer:
 
     def run_epoch(self) -> dict[str, float]:
         """One round of rollout and update; until its end, `before` is what a run that is stopped goes back to."""
-        # The one step of an epoch is its last act: until then the tensors stay as they are and need no copy.
-        self.before = capture(self, copy=True) if self.geometry.updates > 1 else (None, counters(self))
+        # Where the one step of an epoch is its last act, the tensors stay as they are until then and need no copy.
+        last = self.geometry.updates == 1 and not (self.draft and self.recipe.audit.every)
+        self.before = (None, counters(self)) if last else capture(self, copy=True)
         rollouts = self.collect(self.epoch)
-        metrics = self.cost | self.judge(rollouts)
-        if "train/skipped" not in metrics:
+        # The rewards that are back-propagated are known only then.
+        metrics = self.cost | (self.update(self.epoch, rollouts) if self.draft else {})
+        metrics |= judge(self, rollouts)
+        skipped = "train/skipped" in metrics
+        if not skipped:
             metrics |= self.check_values(self.epoch, rollouts)
-            metrics |= self.update(self.epoch, rollouts)
+            if not self.draft:
+                metrics |= self.update(self.epoch, rollouts)
+        if self.draft or not skipped:
             self.policy.after_epoch(self.recipe.train.old_schedule, self.step)
         self.epoch += 1
         self.before = None
@@ -150,9 +156,12 @@ class Trainer:
             tqdm.write(f"stopped by a signal after epoch {epoch} of {self.recipe.epochs}; run it again to go on")
 
     def collect(self, epoch: int) -> list[Rollout]:
-        """This process's rollouts of an epoch by the old policy, scored."""
+        """This process's rollouts of an epoch by the old policy, scored.
+
+        Those of draft end train.draft_steps steps early: the update takes these and scores.
+        """
         chosen = epoch_prompts(len(self.prompts), self.geometry.groups, self.recipe.seed, epoch)
-        steps = [sum(self._stops(epoch, self.geometry.members(batch))) for batch in range(self.geometry.batches)]
+        steps = [sum(self._taken(epoch, self.geometry.members(batch))) for batch in range(self.geometry.batches)]
         own = self.geometry.deal(steps)[self.accelerator.process_index]
         ours = sorted({chosen[n // self.geometry.group_size] for batch in own for n in self.geometry.members(batch)})
         table = self.embeddings.conditions([self.prompts[prompt] for prompt in ours or [0]])
@@ -160,7 +169,6 @@ class Trainer:
         def one(batch: int) -> Rollout:
             samples = self.geometry.members(batch)
             prompts = [chosen[n // self.geometry.group_size] for n in samples]
-            texts = [self.prompts[prompt] for prompt in prompts]
             rows = torch.tensor([ours.index(prompt) for prompt in prompts], device=self.accelerator.device)
             with self.timings.phase("rollout"), self.policy.using("old"):
                 rollout = roll_out(
@@ -174,20 +182,23 @@ class Trainer:
                     epoch,
                     self.sigmas,
                     self.recipe.rollout.solver,
-                    self._stops(epoch, samples),
+                    self._taken(epoch, samples),
                 )
-            rollout.rewards = self._score(rollout, texts)
+            if not self.draft:
+                with torch.no_grad():
+                    rollout.rewards = self.score(rollout)
             return rollout
 
         rollouts, total, count = [], 0.0, 0
         made = self.agreement.rounds(own, one)
         for rollout in (bar := self._bar(made, f"epoch {epoch + 1} rollout", len(own))):
-            total, count = total + float(rollout.rewards["total"].sum()), count + len(rollout.samples)
-            bar.set_postfix(reward=f"{total / count:.3f}")
             rollouts.append(rollout)
+            if not self.draft:
+                total, count = total + float(rollout.rewards["total"].sum()), count + len(rollout.samples)
+                bar.set_postfix(reward=f"{total / count:.3f}")
         return rollouts
 
-    def _stops(self, epoch: int, samples: list[int]) -> list[int]:
+    def stops(self, epoch: int, samples: list[int]) -> list[int]:
         """After how many solver steps each sample's rollout ends: all of them, or its group's draw."""
         rollout = self.recipe.rollout
         if not rollout.stop_window:
@@ -195,8 +206,14 @@ class Trainer:
         groups = [n // rollout.group_size for n in samples]
         return [stop_step(self.recipe.seed, epoch, group, rollout.stop_window) for group in groups]
 
-    def _score(self, rollout: Rollout, texts: list[str]) -> dict[str, Tensor]:
-        """Rewards by name: of decoded images, or of the noisy latents where rollouts stop early."""
+    def _taken(self, epoch: int, samples: list[int]) -> list[int]:
+        """How many of these steps the rollout takes."""
+        left = self.recipe.train.draft_steps if self.draft else 0
+        return [stop - left for stop in self.stops(epoch, samples)]
+
+    def score(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Rewards by name, differentiable: of decoded images, or of the noisy latents where rollouts stop early."""
+        texts = [self.prompts[prompt] for prompt in rollout.prompts]
         if self.recipe.rollout.stop_window:
             with self.timings.phase("score"), self.policy.using(None):
                 return self.scorer.value(rollout.anchor, rollout.tau, texts, rollout.conditions)
@@ -219,6 +236,7 @@ class Trainer:
         )
         parts: tuple[list, list] = [], []
 
+        @torch.no_grad()
         def roll_all_on() -> None:
             for rollout in rollouts:
                 rows = [place for place, n in enumerate(rollout.samples) if n in chosen]
@@ -246,47 +264,20 @@ class Trainer:
                 tqdm.write(f"warning: {told}")
         return figures
 
-    def judge(self, rollouts: list[Rollout]) -> dict[str, float]:
-        """Turn rewards of all processes into this process's optimality r; returns the epoch's statistics."""
-        count, metrics = self.geometry.samples, {}
-        rewards = {
-            name: self.agreement.gather([(r.samples, r.rewards[name]) for r in rollouts], count).float()
-            for name in [*self.scorer.rewards, "total"]
-        }
-        for name, values in rewards.items():
-            metrics[f"reward/{name}"] = float(values.mean())
-            metrics[f"reward/{name}_std"] = float(values.std(correction=0))
-            if values.min() == values.max() and self.main:
-                tqdm.write(
-                    f"warning: reward {name} is the same for all {count} samples of this epoch: it teaches nothing"
-                )
-        told = next(filter(None, starmap(not_finite, rewards.items())), None)
-        if told is not None:
-            self.skip(f"{told} in epoch {self.epoch + 1}")
-            return metrics | {"train/skipped": float(self.skipped)}
-        groups = self.agreement.gather([(r.samples, torch.tensor(r.prompts)) for r in rollouts], count)
-        tau = self.agreement.gather([(r.samples, r.tau) for r in rollouts], count)
-        r = optimality(advantages(rewards["total"], groups, tau, self.recipe.train.per_group_std))
-        for rollout in rollouts:
-            rollout.optimality = r[rollout.samples]
-        self.optimality_now = r
-        metrics["train/collapsed_groups"] = collapsed_groups(rewards["total"], groups)
-        metrics["train/optimality_std"] = float(r.std(correction=0))
-        return metrics
-
     def update(self, epoch: int, rollouts: list[Rollout]) -> dict[str, float]:
         """The epoch's optimizer steps; returns their mean loss terms and gradient norm."""
         by_batch = {rollout.samples[0] // self.geometry.micro_batch: rollout for rollout in rollouts}
-        sums = torch.zeros(4, device=self.accelerator.device)
-        with self.timings.phase("train"):
-            for update in self._bar(range(self.geometry.updates), f"epoch {epoch + 1} train"):
+        sums, updates = torch.zeros(4, device=self.accelerator.device), range(self.geometry.updates)
+        rounds = sum(self.geometry.rounds(update) for update in updates)
+        with self.timings.phase("train"), self._bar(None, f"epoch {epoch + 1} train", rounds) as bar:
+            for update in updates:
                 batches = [by_batch[batch] for batch in self.geometry.trained_in(update, by_batch)]
-                sums += optimizer_step(self, epoch, update, batches)
+                sums += optimizer_step(self, epoch, update, batches, bar)
         policy, kl, deviation, norm = (sums / self.geometry.updates).tolist()
         return {
             "train/policy_loss": policy,
             "train/kl": kl,
-            "train/old_deviation": deviation,
+            **({} if self.draft else {"train/old_deviation": deviation}),
             "train/gradient_norm": norm,
             "train/learning_rate": self.scheduler.get_last_lr()[0],
         }

@@ -1,16 +1,21 @@
 """One optimizer step over all processes, and a micro batch's share of it."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nft.config import Recipe
-from nft.objective import nft_loss
+from nft.judge import bad_reward, gathered
+from nft.objective import Loss, draft_loss, nft_loss
 from nft.policy import Policy
-from nft.rollout import Rollout, training_levels
+from nft.rollout import Rollout, last_steps, training_levels
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.diffusion.path import bridge, per_sample
+from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import randomness
 
 if TYPE_CHECKING:
@@ -56,9 +61,49 @@ def rollout_loss(
     terms = nft_loss(
         velocity, old, reference, anchor, noise, noisy, t, rollout.tau, rollout.optimality, train.beta, train.space
     )
-    loss = (terms.policy + train.beta_kl * terms.kl).sum() * rollout.weight
+    return _summed(terms, train.beta_kl, rollout.weight)
+
+
+def _summed(terms: Loss, beta_kl: float, weight: float) -> tuple[Tensor, Tensor]:
+    loss = (terms.policy + beta_kl * terms.kl).sum() * weight
     parts = torch.stack([terms.policy.detach().sum(), terms.kl.detach().sum(), terms.deviation.sum()])
-    return loss, parts * rollout.weight
+    return loss, parts * weight
+
+
+def draft_rollout_loss(trainer: "Trainer", rollout: Rollout, epoch: int) -> tuple[Tensor, Tensor]:
+    """As `rollout_loss`, of the reward of where the last train.draft_steps solver steps lead.
+
+    The rollout has been left that many steps early; its latents, level and rewards become those at its end, without
+    gradient. Raises InputError for a reward that cannot be back-propagated.
+    """
+    train, device, conditions = trainer.recipe.train, rollout.anchor.device, rollout.conditions
+    stops = torch.tensor(trainer.stops(epoch, rollout.samples))
+    levels = [
+        torch.tensor(trainer.sigmas, dtype=torch.float64)[stops - left] for left in range(train.draft_steps, -1, -1)
+    ]
+    down = torch.stack(levels).to(device)
+    # ZeRO-3 may not be run again as a whole in a backward pass: there the blocks' own checkpoints must do.
+    network, checkpointed = trainer.network, train.gradient_checkpointing and trainer.backend.stage < 3
+    end, states, velocities = last_steps(trainer.generator, network, conditions, rollout.anchor, down, checkpointed)
+    references = None
+    if train.beta_kl > 0:
+        given = zip(states.detach(), down)
+        references = torch.stack(
+            [_frozen_velocity(trainer.generator, network, trainer.policy, None, z, t, conditions) for z, t in given]
+        )
+    rollout.anchor, rollout.tau = end, down[-1].float()
+    if rollout.weight:
+        rewards = trainer.score(rollout)
+        for name, scores in rewards.items():
+            if not scores.requires_grad:
+                raise InputError(f"reward {name} has no gradient with respect to the image: take train.objective=nft")
+    else:
+        rewards = {"total": end.flatten(1).mean(1)}  # a stand-in's, which counts nothing
+    loss, parts = _summed(draft_loss(rewards["total"], velocities, references), train.beta_kl, rollout.weight)
+    if not rewards["total"].isfinite().all():
+        loss = loss + velocities.sum() * torch.nan  # a gradient may not show it, and then the step would be taken
+    rollout.anchor, rollout.rewards = end.detach(), {name: scores.detach() for name, scores in rewards.items()}
+    return loss, parts
 
 
 @torch.no_grad()
@@ -75,36 +120,43 @@ def _frozen_velocity(
         return generator.velocity(noisy, t, conditions, network)
 
 
-def optimizer_step(trainer: "Trainer", epoch: int, update: int, batches: list[Rollout]) -> Tensor:
-    """One step over all processes: mean over its samples and levels, gradients reduced once."""
-    levels, rounds = trainer.recipe.train.levels_per_sample, trainer.geometry.rounds(update)
-    terms = trainer.geometry.samples_in(update) * levels
+def _losses(trainer: "Trainer", rollout: Rollout, epoch: int) -> list[Callable[[], tuple[Tensor, Tensor]]]:
+    """What computes each of a micro batch's losses; the processes meet in the first."""
+    if trainer.draft:
+        # A reward that fails does so on this process alone: the others must hear of it before the backward pass.
+        return [lambda: trainer.agreement.together(lambda: draft_rollout_loss(trainer, rollout, epoch))]
+    trainer.agreement.settle()
+    given = (trainer.recipe, trainer.generator, trainer.network, trainer.policy, rollout)
+    chosen = chosen_levels(trainer.recipe, rollout, trainer.sigmas, epoch)
+    return [partial(rollout_loss, *given, chosen[:, level], epoch, level) for level in range(chosen.shape[1])]
+
+
+def optimizer_step(trainer: "Trainer", epoch: int, update: int, batches: list[Rollout], bar: tqdm) -> Tensor:
+    """One step over all processes: mean over its samples and levels, gradients reduced once.
+
+    `bar` counts micro batches. Returns the loss's mean terms, as `rollout_loss` has them, and the gradient's norm.
+    """
+    rounds, draft = trainer.geometry.rounds(update), trainer.draft
+    terms = trainer.geometry.samples_in(update) * trainer.recipe.train.levels_per_sample
     sums = torch.zeros(4, device=trainer.accelerator.device)
     with trainer.backend.accumulating():
         for index in range(rounds):
-            trainer.agreement.settle()
             rollout = batches[index] if index < len(batches) else _empty(trainer)
-            chosen = chosen_levels(trainer.recipe, rollout, trainer.sigmas, epoch)
-            for level in range(levels):
-                with trainer.backend.passing(last=index == rounds - 1 and level == levels - 1):
-                    loss, parts = rollout_loss(
-                        trainer.recipe,
-                        trainer.generator,
-                        trainer.network,
-                        trainer.policy,
-                        rollout,
-                        chosen[:, level],
-                        epoch,
-                        level,
-                    )
+            losses = _losses(trainer, rollout, epoch)
+            for place, compute in enumerate(losses):
+                with trainer.backend.passing(last=index == rounds - 1 and place == len(losses) - 1):
+                    loss, parts = compute()
                     # Gradients are averaged over processes; the sum over all samples is wanted.
                     trainer.backend.backward(loss * trainer.accelerator.num_processes / terms)
                 sums[:3] += parts
+            bar.update()
+            if draft and batches:
+                bar.set_postfix(reward=f"{-float(sums[0]) / sum(len(r.samples) for r in batches[: index + 1]):.3f}")
     norm = trainer.backend.step()
     if norm is None:
-        trainer.skip(
-            f"the gradient is not finite in epoch {epoch + 1}, update {update + 1} (a high train.learning_rate?)"
-        )
+        told = bad_reward(gathered(trainer, batches)) if draft else None
+        told = f"{told} in" if told else "the gradient is not finite in"
+        trainer.skip(f"{told} epoch {epoch + 1}, update {update + 1} (a high train.learning_rate?)")
         return torch.zeros_like(sums)
     trainer.skipped = 0
     trainer.scheduler.step()

@@ -29,6 +29,8 @@ STOPPED = (
     "audit.least_spearman=-1",
     "audit.most_slope=1e6",
 )
+# What makes a run one that back-propagates its rewards.
+DRAFT = ("train.objective=draft", "train.old_schedule=0", "train.weight_decay=0", "train.beta_kl=.01")
 
 
 def few_prompts(folder: Path) -> tuple[str, ...]:

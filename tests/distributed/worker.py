@@ -34,7 +34,8 @@ def train(run: dict, accelerator: Accelerator) -> None:
     for rollout in trainer.collect(trainer.epoch):
         for place, sample in enumerate(rollout.samples):
             collected[f"anchor.{sample}"] = rollout.anchor[place].clone()
-            collected[f"reward.{sample}"] = rollout.rewards["total"][place].clone()
+            if rollout.rewards:  # those of draft are found in the update
+                collected[f"reward.{sample}"] = rollout.rewards["total"][place].clone()
     save_file(collected, Path(run["out"]) / f"epoch-{trainer.epoch}-rank-{accelerator.process_index}.safetensors")
     with trainer.network.no_sync() if fault == "unreduced" else contextlib.nullcontext():
         trainer.train()

@@ -1,0 +1,74 @@
+"""Rewards that are back-propagated by several processes, DDP and ZeRO alike, as by one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launching import EVEN, WORKER, furthest, loss_apart, run_all, samples, start, weights
+from tests.tiny import DRAFT, RECIPE, STOPPED
+
+CLOSE = 1e-5
+BACKENDS = ("ddp", "zero2", "zero3")
+FULL = (*EVEN, *DRAFT, "epochs=3", "train.draft_steps=2", "train.gradient_checkpointing=true")
+# Nine samples in five micro batches, the last one short: a process has none left where the other has one.
+UNEVEN = ("rollout.groups=3", "rollout.group_size=3", "rollout.micro_batch=2", "train.updates_per_epoch=2")
+WINDOW = (*EVEN, *UNEVEN, *DRAFT, *STOPPED, "checkpoint.keep=9", "train.draft_steps=1")
+LAST = 3
+
+
+@pytest.fixture(scope="module")
+def runs(overrides, tmp_path_factory) -> Path:
+    """Folders BACKEND/NAME of runs on two processes, and one/NAME; `stopped` ends after an epoch and goes on."""
+    folder = tmp_path_factory.mktemp("draft")
+    for backend, processes in (("one", 1), *((name, 2) for name in BACKENDS)):
+        place = folder / backend
+        full, uneven, stopped = (place / name for name in ("full", "uneven", "stopped"))
+        given = {full: overrides(full, *FULL), uneven: overrides(uneven, *WINDOW, f"epochs={LAST}")}
+        given[stopped] = overrides(stopped, *WINDOW, "epochs=1")
+        run_all("ddp" if backend == "one" else backend, processes, given)
+        if backend != "one":
+            shutil.copytree(stopped, place / "first")
+            run_all(backend, processes, {stopped: overrides(stopped, *WINDOW, f"epochs={LAST}")})
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["full", "uneven"])
+def test_two_processes_compute_what_one_does(runs, backend, name):
+    one, two = runs / "one" / name, runs / backend / name
+    # A linear layer adds its bias apart under ZeRO-3.
+    assert furthest(samples(two, 0), samples(one, 0)) <= (CLOSE if backend == "zero3" else 0)
+    assert loss_apart(one, two) <= CLOSE
+    for epoch in range(1, LAST + 1):
+        found = weights(two, epoch)
+        assert furthest(weights(one, epoch), found) <= CLOSE  # the old policy's too, which a checkpoint may hold stale
+    assert furthest(weights(one, LAST), weights(one, 1)) > 10 * CLOSE
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(runs, backend, digests, rows):
+    straight, stopped = runs / backend / "uneven", runs / backend / "stopped"
+    assert digests(stopped, LAST) == digests(straight, LAST)
+    assert rows(stopped)[2:] == rows(straight)[2:]
+
+
+def test_a_reward_that_fails_on_one_process_ends_both_with_its_name(overrides, tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text(
+        "import os\n\n\ndef failing(images, prompts):\n"
+        "    if images.requires_grad and os.environ['RANK'] == '1':\n"
+        "        raise ValueError('the reward server is gone')\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    reward = "rewards=[{kind: function, function: 'failing:failing'}]"
+    out = tmp_path / "run"
+    given = overrides(out, *EVEN, *DRAFT, reward)
+    (tmp_path / "plan.json").write_text(
+        json.dumps([{"recipe": RECIPE, "out": str(out), "overrides": given, "fault": None}])
+    )
+    script = tmp_path / "worker.py"
+    script.write_text(f"import sys\n\nsys.path.insert(0, {str(tmp_path)!r})\n" + WORKER.read_text())
+    done = start("ddp", 2, script, tmp_path / "plan.json", timeout=150)
+    assert done.returncode != 0 and not (out / "checkpoints").exists()
+    assert "failing raised ValueError: the reward server is gone" in done.stderr

@@ -12,6 +12,8 @@ from stitchvm_reward.command import answer, available_device  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 
+GUIDANCE = 4.5  # of Stitched Value Model's steering
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -20,7 +22,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "A training recipe: a prompt's encoding, a rollout step, decoding, a score of an image and a stitched one of "
         "its latent, a training level, the optimizer. A recipe of recipes/stitch: one stitched score beside one by "
         "Tweedie's estimate (denoise, decode, judge); where it leaves the blocks to the search, those that this "
-        "finds for Stable Diffusion 3.5 Medium are taken.",
+        "finds for Stable Diffusion 3.5 Medium are taken. With --steering the same recipe's steps of sampling instead: "
+        "plain, guided by the gradient of either value, and with a value of either kind on the way.",
     )
     parser.add_argument(
         "recipe", type=Path, help="a training recipe, or a stitching one: those lie in a folder called stitch"
@@ -28,6 +31,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to override")
     parser.add_argument("--batch", type=int, default=4, help="latents scored at once (a stitching recipe)")
     parser.add_argument("--repeats", type=int, default=5, help="calls; their median counts")
+    parser.add_argument("--steering", action="store_true", help="steps of steering, under guidance 4.5, one latent")
+    parser.add_argument("--shapes-only", action="store_true", help="their FLOPs and memory alone, computing nothing")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser.parse_intermixed_args(arguments)
 
@@ -54,6 +59,26 @@ def score_benchmark(recipe: Any, batch: int, repeats: int, device: Any) -> tuple
     return about | {"scores": rows}, told
 
 
+def steering_benchmark(recipe: Any, repeats: int, device: Any, shapes_only: bool) -> tuple[dict[str, Any], list[str]]:
+    """One step of sampling, plain and steered by either value."""
+    from stitchvm_reward.steering.benchmark import guided_step_costs
+
+    rows = guided_step_costs(recipe, GUIDANCE, repeats, device, shapes_only)
+    told = [f"{'one step':28}{'ms':>12}{'GFLOP':>12}{'peak MiB':>12}"]
+    for row in rows:
+        time = "-" if row["milliseconds"] is None else f"{row['milliseconds']:.2f}"
+        told.append(f"{row['method']:28}{time:>12}{row['gigaflop']:12.2f}{row['peak_mib']:12.0f}")
+    told.append(f"beside {rows[0]['weights_mib']:.0f} MiB of the transformer's weights")
+    about = {
+        "backbone": recipe.backbone.path,
+        "resolution": recipe.backbone.resolution,
+        "dtype": recipe.backbone.dtype,
+        "reward": recipe.reward.model,
+        "guidance": GUIDANCE,
+    }
+    return about | {"steps": rows}, told
+
+
 def training_benchmark(recipe: Any, repeats: int, device: Any) -> tuple[dict[str, Any], list[str]]:
     """Every phase of a training recipe."""
     from nft.benchmark import lines, measure
@@ -78,7 +103,13 @@ def run(arguments: argparse.Namespace) -> None:
     from stitchvm_reward.stitching.benchmark import machine
 
     device = available_device()
-    if stitching:
+    if arguments.steering and not stitching:
+        raise InputError(f"--steering needs a recipe of recipes/stitch, got {arguments.recipe}")
+    if arguments.shapes_only and not arguments.steering:
+        raise InputError("--shapes-only goes with --steering, which is missing")
+    if arguments.steering:
+        found, told = steering_benchmark(recipe, arguments.repeats, device, arguments.shapes_only)
+    elif stitching:
         found, told = score_benchmark(recipe, arguments.batch, arguments.repeats, device)
     else:
         found, told = training_benchmark(recipe, arguments.repeats, device)

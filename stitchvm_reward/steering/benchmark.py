@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPModel
 
 from stitchvm_reward.diffusion.architectures import configurations
@@ -29,6 +31,16 @@ from stitchvm_reward.stitching.config import StitchRecipe
 from stitchvm_reward.stitching.value_model import StitchedValueModel, ValueNetwork
 
 STEPS, STEP = 40, 20  # a step in the middle of a schedule
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device, the fused attention that devices run: left to itself it would hold every score of it."""
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function is F.scaled_dot_product_attention:
+            scale = (named or {}).get("scale")
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments[:3], scale=scale)[0]
+        return function(*arguments, **(named or {}))
 
 
 class _Judge:
@@ -71,12 +83,19 @@ def guided_step_costs(
     """One row a method for one latent: a plain step, a step guided by the gradient of Tweedie's value and of a stitched
     one (DPS), and what Feynman-Kac steering adds to a step for one value of either kind.
 
-    Milliseconds (the median), GFLOP, and the peak MiB beside the weights; with `shapes_only`, on the meta device, no
-    milliseconds. `recipe` names shapes and blocks; no weights are read. Raises InputError for a model whose shape is
-    not known here.
+    Milliseconds (the median), GFLOP, and the peak MiB beside the weights; with `shapes_only` nothing is computed and
+    there are no milliseconds. `recipe` names shapes and blocks; no weights are read. Raises InputError for a model
+    whose shape is not known here.
     """
-    denoiser, tweedie, stitched = _subjects(recipe, guidance, torch.device("meta") if shapes_only else device)
-    latents = torch.randn(1, *denoiser.generator.latent_shape).to(denoiser.generator.device)
+    if shapes_only:
+        with _FusedAttention():
+            return _costs(recipe, guidance, 0, torch.device("meta"))
+    return _costs(recipe, guidance, repeats, device)
+
+
+def _costs(recipe: StitchRecipe, guidance: float, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    denoiser, tweedie, stitched = _subjects(recipe, guidance, device)
+    latents = torch.randn(1, *denoiser.generator.latent_shape).to(device)
     sigma = denoiser.sigmas[STEP]
 
     def plain() -> Tensor:
@@ -98,13 +117,9 @@ def guided_step_costs(
         "step with Tweedie's value": lambda: valued(tweedie),
         "step with a stitched value": lambda: valued(stitched),
     }
+    weights = sum(p.numel() * p.element_size() for p in denoiser.generator.transformer.parameters()) / 2**20
     rows = []
     for name, call in calls.items():
-        row: dict[str, Any] = {"method": name}
-        if shapes_only:
-            row |= {"milliseconds": None, "gigaflop": flops(call) / 1e9}
-        else:
-            row |= timed(call, 1, device, repeats)
-        rows.append(row | {"peak_mib": peak_mib(call, denoiser.generator.device)})
-    weights = sum(p.numel() * p.element_size() for p in denoiser.generator.transformer.parameters())
-    return [row | {"weights_mib": weights / 2**20} for row in rows]
+        found = timed(call, 1, device, repeats) if repeats else {"milliseconds": None, "gigaflop": flops(call) / 1e9}
+        rows.append({"method": name} | found | {"peak_mib": peak_mib(call, device), "weights_mib": weights})
+    return rows

@@ -1,23 +1,14 @@
 """The recipe's rewards and measures, loaded and applied by name: on images, and on noisy latents."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from nft.config import Recipe, RewardRecipe
+from nft.config import Recipe
 from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Conditions, Generator
-from stitchvm_reward.rewards import FunctionReward, Reward, load_reward
-from stitchvm_reward.stitching.value_model import load_value_models, read_config, score_all
-
-
-def _pixel_reward(reward: RewardRecipe, device: torch.device) -> Reward:
-    """The reward on images; of a value model, the one that it was stitched from."""
-    if reward.kind != "value":
-        return load_reward(reward.kind, reward.model, reward.head, reward.function, device)
-    stitched = read_config(Path(reward.value_model).expanduser())["reward"]
-    return load_reward(stitched["kind"], stitched["path"], stitched["head"], "", device)
+from stitchvm_reward.rewards import FunctionReward
+from stitchvm_reward.steering.build import pixel_reward
+from stitchvm_reward.stitching.value_model import load_value_models, score_all
 
 
 class Scorer:
@@ -25,7 +16,7 @@ class Scorer:
 
     def __init__(self, recipe: Recipe, device: torch.device):
         self.weights = {reward.name: reward.weight for reward in recipe.rewards}
-        self.rewards = {reward.name: _pixel_reward(reward, device) for reward in recipe.rewards}
+        self.rewards = {reward.name: pixel_reward(reward, device) for reward in recipe.rewards}
         self.metrics = {name.rpartition(":")[2]: FunctionReward(name) for name in recipe.evaluation.metrics}
         self.folders = {reward.name: reward.value_model for reward in recipe.rewards if reward.kind == "value"}
         self.device = device

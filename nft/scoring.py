@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from nft.config import Recipe
-from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.rewards import FunctionReward
 from stitchvm_reward.steering.build import pixel_reward
-from stitchvm_reward.stitching.value_model import load_value_models, score_all
+from stitchvm_reward.stitching.value_model import load_for, score_all
 
 
 class Scorer:
@@ -24,10 +23,7 @@ class Scorer:
     def load_values(self, generator: Generator, shared: bool = True) -> None:
         """Load the value models; where they are stitched to the generator's own blocks and these may be `shared`, on
         those. Raises InputError."""
-        head = BackboneHead(generator.transformer) if shared else None
-        self.values = load_value_models(self.folders, self.device, head)
-        for model in self.values.values():
-            model.require_fit(generator)
+        self.values = load_for(self.folders, generator, shared)
 
     def _total(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         total = sum(self.weights[name] * values.to(self.device) for name, values in scores.items())

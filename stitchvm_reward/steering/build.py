@@ -10,7 +10,6 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from stitchvm_reward.diffusion.architectures import configurations
-from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Conditions, Generator
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards import Reward, find_function, load_reward
@@ -26,7 +25,7 @@ from stitchvm_reward.steering.sampling import (
 )
 from stitchvm_reward.steering.settings import Settings, SteeringRecipe
 from stitchvm_reward.steering.values import MonteCarloValue, StitchedValue, TweedieValue, Value
-from stitchvm_reward.stitching.value_model import load_value_models, read_config
+from stitchvm_reward.stitching.value_model import load_for, read_config
 
 
 def check_rewards(recipe: SteeringRecipe) -> None:
@@ -51,14 +50,11 @@ def load_value(recipe: SteeringRecipe, generator: Generator, shared: bool = True
 
     Raises InputError where one is missing or made for another autoencoder or size.
     """
-    weights, device = {reward.name: reward.weight for reward in recipe.rewards}, generator.device
+    weights = {reward.name: reward.weight for reward in recipe.rewards}
     if recipe.rewards[0].kind == "value":
         folders = {reward.name: reward.value_model for reward in recipe.rewards}
-        models = load_value_models(folders, device, BackboneHead(generator.transformer) if shared else None)
-        for model in models.values():
-            model.require_fit(generator)
-        return StitchedValue(models, weights)
-    rewards = {reward.name: pixel_reward(reward, device) for reward in recipe.rewards}
+        return StitchedValue(load_for(folders, generator, shared), weights)
+    rewards = {reward.name: pixel_reward(reward, generator.device) for reward in recipe.rewards}
     if recipe.estimate == "monte_carlo":
         return MonteCarloValue(rewards, weights, recipe.rollouts)
     return TweedieValue(rewards, weights)

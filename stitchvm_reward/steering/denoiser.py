@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -61,8 +62,9 @@ class Denoiser:
     micro_batch: int
     seed: int
 
-    @property
+    @cached_property
     def sigmas(self) -> list[float]:
+        """The levels, steps + 1 of them from 1 to 0."""
         return sigma_schedule(self.steps, self.generator.shift)
 
     def part(self, places: range) -> "Denoiser":
@@ -87,8 +89,9 @@ class Denoiser:
 
     def conditions_of(self, rows: range, count: int) -> Conditions:
         """What the network reads for some rows of `count` latents."""
-        places = [row // (count // len(self.prompts)) for row in rows]
-        return self.conditions.select(torch.tensor(places, device=self.generator.device))
+        # Made on the device: nothing is copied to it within the steps.
+        places = torch.arange(rows.start, rows.stop, device=self.generator.device)
+        return self.conditions.select(places // (count // len(self.prompts)))
 
     def usable(self, passes: dict[str, HalfPass]) -> dict[str, HalfPass]:
         """Those of a value's passes that are this network's own beginnings, by branch."""

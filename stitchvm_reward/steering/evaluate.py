@@ -1,7 +1,7 @@
 """Ways of steering beside each other: what they reach, and what a picture costs."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class ComparisonRecipe:
     """One picture a prompt and seed."""
     cost_prompts: int = 8
     """Prompts over which costs are measured."""
-    reward: RewardRecipe = field(default_factory=lambda: RewardRecipe("function", function=":"))
+    reward: RewardRecipe = MISSING
     """What pictures are judged by: what all arms steer by, in pixels."""
     measures: list[str] = field(default_factory=list)
     """More measures, each a package.module:function taking (images, prompts)."""
@@ -106,13 +106,16 @@ class Comparison:
         self.embeddings.ensure([*self.prompts, ""], progress=lambda items: tqdm(items, desc="encode prompts"))
         self.generator = Generator.load(recipe.model, dtype, device, recipe.resolution)
         self.reward = pixel_reward(recipe.reward, device)
+        self.values: dict[str, Value] = {}  # by what arms say of their rewards, each loaded once
         self.measures = {name.rpartition(":")[2]: FunctionReward(name) for name in recipe.measures}
 
     def denoiser(self, arm: ArmRecipe, seed: int, count: int) -> tuple[Denoiser, Value]:
         """The arm's denoiser of the first `count` prompts, and its value."""
-        settings = self.settings[arm.name]
-        settings.seed = seed
-        value, prompts = load_value(settings, self.generator), self.prompts[:count]
+        settings, prompts = replace(self.settings[arm.name], seed=seed), self.prompts[:count]
+        rewards = repr((settings.rewards, settings.estimate, settings.rollouts))
+        if rewards not in self.values:
+            self.values[rewards] = load_value(settings, self.generator)
+        value = self.values[rewards]
         conditions, negative = self.embeddings.conditions(prompts), self.embeddings.conditions([""])
         check_generator_memory(self.generator, arm.method, settings, conditions.tokens.shape[1])
         return make_denoiser(self.generator, prompts, conditions, negative, value, settings), value

@@ -1,5 +1,7 @@
 """What a noisy latent is worth: by a stitched value model, by the image of the denoised latent, or by rollouts."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -12,16 +14,14 @@ from stitchvm_reward.steering.denoiser import Denoiser, Known, join
 from stitchvm_reward.stitching.value_model import StitchedValueModel, score_and_keep
 
 
-class Value:
-    """Scores latents of `Denoiser`'s layout at sigmas[step]; those of `one` are a weighted sum of rewards."""
+class Value(ABC):
+    """Scores latents of `Denoiser`'s layout at sigmas[step], by `one` micro batch after the other."""
 
     name = "value"
 
-    def one(
-        self, denoiser: Denoiser, latents: Tensor, rows: range, count: int, step: int
-    ) -> tuple[Tensor, Known]:  # pragma: no cover
+    @abstractmethod
+    def one(self, denoiser: Denoiser, latents: Tensor, rows: range, count: int, step: int) -> tuple[Tensor, Known]:
         """Values (batch,) float32 of one micro batch, the `rows` of `count` latents, and what they make known."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def measure(self, denoiser: Denoiser, latents: Tensor, step: int) -> tuple[Tensor, Known]:
@@ -57,6 +57,7 @@ class StitchedValue(Value):
 
     def __init__(self, models: dict[str, StitchedValueModel], weights: dict[str, float]):
         self.models, self.weights, self.name = models, weights, " + ".join(models)
+        self.reads_prompts = any(model.conditioning == "prompt" for model in models.values())
 
     def one(self, denoiser: Denoiser, latents: Tensor, rows: range, count: int, step: int) -> tuple[Tensor, Known]:
         scores, passes = score_and_keep(
@@ -64,7 +65,7 @@ class StitchedValue(Value):
             latents,
             denoiser.sigmas[step],
             denoiser.texts(rows, count),
-            denoiser.conditions_of(rows, count),
+            denoiser.conditions_of(rows, count) if self.reads_prompts else None,
         )
         total = torch.stack([self.weights[name] * values for name, values in scores.items()]).sum(0)
         return total, Known(passes=denoiser.usable(passes))

@@ -229,6 +229,15 @@ def load_value_models(
     return models
 
 
+def load_for(folders: dict[str, str], generator: Generator, shared: bool = True) -> dict[str, StitchedValueModel]:
+    """As `load_value_models`, for a generator: on its own blocks where they are stitched to these and they may be
+    `shared`. Raises InputError where one is made for another autoencoder or size."""
+    models = load_value_models(folders, generator.device, BackboneHead(generator.transformer) if shared else None)
+    for model in models.values():
+        model.require_fit(generator)
+    return models
+
+
 def is_stitched_to(own: dict[str, Any], backbone: BackboneHead) -> bool:
     """Whether a value model's backbone section of config.json speaks of this network."""
     return backbone.blocks >= own["block"] and _alike(backbone.signature(own["block"]), own["signature"])

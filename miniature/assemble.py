@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
 
 from miniature import checker, clip, reward, scenes, vae, wording
-from miniature.generator import Generator, decode, sample
+from miniature.generator import Generator, decode, sample, verdict
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -80,17 +80,11 @@ def measure(folder: Path) -> None:
     chosen = scenes.draw_scenes(400, 912, held_out=True, shares=(0.5, 0.5, 0.0))
     captions = [scene.caption for scene in chosen]
     images = decode(autoencoder, sample(generator, captions, towers, steps=25, seed=913))
-    strict, graded = checker.check_captions(captions, images)
+    strict = checker.check_captions(captions, images)[0]
     embedded, texts = judge.embed_images(images), judge.embed_texts(clip.tokenize(captions))[0]
     truth, head, similarity = scenes.true_aesthetic(images), judge.head(embedded)[:, 0], (embedded * texts).sum(-1)
     right, wrong = similarity[strict == 1], similarity[strict == 0]
-    single = torch.tensor([len(scene.radii) == 1 for scene in chosen])
-    found["generator"] = {
-        "strict": float(strict.mean()),
-        "strict_one": float(strict[single].mean()),
-        "strict_two": float(strict[~single].mean()),
-        "graded": float(graded.mean()),
-        "true_aesthetic": float(truth.mean()),
+    found["generator"] = verdict(chosen, images) | {
         "spearman_head": clip.spearman(head, truth),
         "clip_prefers_right": float((right[:, None] > wrong[None, :]).float().mean()),
     }

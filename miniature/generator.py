@@ -147,22 +147,27 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
     return torch.cat([(vae.decode(part).sample / 2 + 0.5).clamp(0, 1) for part in latents.split(64)])
 
 
+def verdict(chosen: list[scenes.Scene], images: torch.Tensor) -> dict[str, float]:
+    """What the checker and the true aesthetic score say of pictures of scenes with one and two shapes."""
+    strict, graded = checker.check_captions([scene.caption for scene in chosen], images)
+    single = torch.tensor([len(scene.radii) == 1 for scene in chosen])
+    return {
+        "strict": float(strict.mean()),
+        "strict_one": float(strict[single].mean()),
+        "strict_two": float(strict[~single].mean()),
+        "graded": float(graded.mean()),
+        "true_aesthetic": float(scenes.true_aesthetic(images).mean()),
+    }
+
+
 def quality(generator: Generator, vae: AutoencoderKL, towers: Towers, count: int, steps: int) -> dict[str, float]:
     """Checker results on held-out captions of one and two shapes."""
     generator.eval()
     chosen = scenes.draw_scenes(count, seed=904, held_out=True, shares=(0.5, 0.5, 0.0))
     captions = [scene.caption for scene in chosen]
     images = decode(vae, sample(generator, captions, towers, steps, seed=905))
-    strict, graded = checker.check_captions(captions, images)
-    single = torch.tensor([len(scene.radii) == 1 for scene in chosen])
     generator.train()
-    return {
-        "strict": float(strict.mean()),
-        "strict_one": float(strict[single].mean()),
-        "strict_two": float(strict[~single].mean()),
-        "graded": float(graded.mean()),
-        "aesthetic": float(scenes.true_aesthetic(images).mean()),
-    }
+    return verdict(chosen, images)
 
 
 def optimizers(generator: Generator) -> list[torch.optim.Optimizer]:
@@ -178,6 +183,20 @@ def optimizers(generator: Generator) -> list[torch.optim.Optimizer]:
         torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", ns_steps=4),
         torch.optim.AdamW(others, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
+
+
+def draw_noised(
+    latents: torch.Tensor, numbers: torch.Tensor, batch: int, random: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A batch to train on: clean latents, noise, levels in [0, 1] (batch,), mostly in their middle, the latents noised
+    to them, and caption numbers, some of them 0: the empty caption."""
+    chosen = torch.randint(len(latents), (batch,), generator=random)
+    clean = latents[chosen].float()
+    noise = torch.randn(clean.shape, generator=random)
+    t = torch.sigmoid(torch.randn(batch, generator=random) + 0.4)
+    sigma = torch.where(torch.rand(batch, generator=random) < 0.15, torch.rand(batch, generator=random), t)
+    caption = numbers[chosen] * (torch.rand(batch, generator=random) >= DROP_CAPTION)
+    return clean, noise, sigma, torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1)), caption
 
 
 def pretrain(
@@ -196,14 +215,8 @@ def pretrain(
     numbers = torch.tensor([known.number[scene.caption] for scene in drawn])
 
     def step_loss(step: int, random: torch.Generator):
-        chosen = torch.randint(len(latents), (BATCH,), generator=random)
-        clean = latents[chosen].float()
-        noise = torch.randn(clean.shape, generator=random)
-        t = torch.sigmoid(torch.randn(BATCH, generator=random) + 0.4)
-        sigma = torch.where(torch.rand(BATCH, generator=random) < 0.15, torch.rand(BATCH, generator=random), t)
-        level = sigma.view(-1, 1, 1, 1)
-        caption = numbers[chosen] * (torch.rand(BATCH, generator=random) >= DROP_CAPTION)
-        velocity = generator.velocity(torch.lerp(clean, noise, level), sigma, *known.select_some(caption, random))
+        clean, noise, sigma, noised, caption = draw_noised(latents, numbers, BATCH, random)
+        velocity = generator.velocity(noised, sigma, *known.select_some(caption, random))
         return F.mse_loss(velocity, noise - clean), {}
 
     train(

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from miniature import checker, scenes, wording
+from miniature import scenes, wording
 from miniature.assemble import WEIGHTS
-from miniature.generator import DROP_CAPTION, encode_pool
+from miniature.generator import draw_noised, encode_pool, verdict
 from miniature.training import train
 
 FIRST, SMALLER = WEIGHTS / "sd3", WEIGHTS / "sd3_small"
@@ -72,13 +72,7 @@ def pretrain(folder: Path, drawn: list[scenes.Scene], pool: torch.Tensor, stop_a
     smaller = prune(teacher)
 
     def step_loss(step: int, random: torch.Generator):
-        chosen = torch.randint(len(latents), (BATCH,), generator=random)
-        clean = latents[chosen].float()
-        noise = torch.randn(clean.shape, generator=random)
-        t = torch.sigmoid(torch.randn(BATCH, generator=random) + 0.4)
-        sigma = torch.where(torch.rand(BATCH, generator=random) < 0.15, torch.rand(BATCH, generator=random), t)
-        noised = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1))
-        caption = numbers[chosen] * (torch.rand(BATCH, generator=random) >= DROP_CAPTION)
+        _, _, sigma, noised, caption = draw_noised(latents, numbers, BATCH, random)
         inputs = (noised, tokens[caption].float(), pooled[caption].float(), sigma * 1000)
         with torch.no_grad():
             target = teacher(*inputs, return_dict=False)[0]
@@ -108,15 +102,7 @@ def quality(folder: Path, count: int = 200, steps: int = 25) -> dict[str, float]
         generator=torch.Generator().manual_seed(915),
         output_type="pt",
     ).images
-    strict, graded = checker.check_captions(captions, images)
-    single = torch.tensor([len(scene.radii) == 1 for scene in chosen])
-    return {
-        "strict": float(strict.mean()),
-        "strict_one": float(strict[single].mean()),
-        "strict_two": float(strict[~single].mean()),
-        "graded": float(graded.mean()),
-        "true_aesthetic": float(scenes.true_aesthetic(images).mean()),
-    }
+    return verdict(chosen, images)
 
 
 def measure() -> None:

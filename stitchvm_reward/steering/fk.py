@@ -1,7 +1,5 @@
 """Feynman-Kac steering: particles on the generator's own chain, resampled by what they are worth on the way."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -57,7 +55,7 @@ def fk(denoiser: Denoiser, value: Value, settings: FeynmanKac, progress=iter) ->
     Particles take the chain's own transitions. At settings.resampled() they are resampled with weights
     exp(lambda (V(new) - V(old))), V(old) their ancestors' value at the resampling before (0 at the first), so that the
     product of all weights, with the last ones at the end, is exp(lambda V(end)): the weighted particles are samples of
-    the generator's density times that. With several proposals each particle keeps its best one in the first steps,
+    the generator's density times that. With several proposals each particle keeps its best one in some steps,
     which trades that exactness for reward. `progress` wraps the steps.
 
     Raises InputError where a value is not finite.
@@ -65,10 +63,9 @@ def fk(denoiser: Denoiser, value: Value, settings: FeynmanKac, progress=iter) ->
     latents, known, trace = denoiser.start(settings.particles), Known(), []
     prompts, device = len(denoiser.prompts), latents.device
     before = torch.zeros(prompts, settings.particles, dtype=torch.float64)
-    proposing = math.ceil(settings.proposal_share * denoiser.steps) if settings.proposals > 1 else 0
     for step in progress(range(denoiser.steps)):
         velocity = denoiser.velocity(latents, denoiser.sigmas[step], known)
-        several = step < proposing
+        several = step + 1 in settings.proposing(denoiser.steps)
         latents, known = denoiser.advance(latents, velocity, step, settings.proposals if several else 1), Known()
         values = None
         if several:

@@ -30,8 +30,8 @@ class FeynmanKac:
     """Samples a prompt that are resampled among each other; the best at the end stays."""
     proposals: int = 1
     """Draws from a particle's transition, of which the best by its value stays (M of Stitched Value Model, C.2)."""
-    proposal_share: float = 0.4
-    """The share of the steps, from the first on, in which there are several proposals."""
+    proposal_window: list[int] = field(default_factory=list)
+    """[first, last] number of steps done after which there are several proposals; empty: the first 40% of the steps."""
     temperature: float = 10.0
     """Lambda: particles are resampled with weights exp(lambda (V(new) - V(old))). 0 is plain sampling."""
     every: int = 4
@@ -44,12 +44,19 @@ class FeynmanKac:
     def __post_init__(self):
         at_least("fk.particles", self.particles, 1)
         at_least("fk.proposals", self.proposals, 1)
-        require(0 <= self.proposal_share <= 1, "fk.proposal_share must be in [0, 1]", self.proposal_share)
         at_least("fk.temperature", self.temperature, 0)
         at_least("fk.every", self.every, 1)
         ordered = len(self.window) == 2 and 1 <= self.window[0] <= self.window[-1]
         require(ordered, "fk.window must be [first, last] with 1 <= first <= last", self.window)
+        proposing = self.proposal_window
+        ordered = not proposing or (len(proposing) == 2 and 1 <= proposing[0] <= proposing[-1])
+        require(ordered, "fk.proposal_window must be [first, last] with 1 <= first <= last, or empty", proposing)
         one_of("fk.resampling", self.resampling, RESAMPLING)
+
+    def proposing(self, steps: int) -> range:
+        """The numbers of steps done, of so many, after which there are several proposals."""
+        first, last = self.proposal_window or (1, math.ceil(0.4 * steps))
+        return range(first, last + 1) if self.proposals > 1 else range(0)
 
     def resampled(self) -> range:
         """The numbers of steps done at which particles are resampled."""
@@ -105,6 +112,12 @@ class Settings:
         if method == "fk":
             last = self.fk.window[1]
             require(last <= self.steps, f"fk.window must end within the schedule's {self.steps} steps", self.fk.window)
+            proposing = self.fk.proposal_window
+            require(
+                not proposing or proposing[1] < self.steps,
+                f"fk.proposal_window must end before the last of {self.steps} steps, which draws no noise",
+                proposing,
+            )
             require(
                 self.stochasticity > 0 or self.fk.proposals == 1,
                 "fk.proposals must be 1 where stochasticity is 0: all proposals would be one",

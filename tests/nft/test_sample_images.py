@@ -140,6 +140,8 @@ def test_bad_steering_is_told_in_one_line(arguments, told, launched, tmp_path):
     [
         ("fk", "fk.window=[8,32]", "fk.window must end within the schedule's 8 steps, got [8, 32]"),
         ("fk", "fk.window=[3,2]", "fk.window must be [first, last] with 1 <= first <= last, got [3, 2]"),
+        ("fk", "fk.proposal_window=[4,8]", "fk.proposal_window must end before the last of 8 steps"),
+        ("fk", "fk.proposal_window=[0,2]", "fk.proposal_window must be [first, last] with 1 <= first <= last"),
         ("fk", "fk.partciles=3", "unknown recipe key fk.partciles: did you mean 'particles'?"),
         ("fk", "fk.particles=0", "fk.particles must be at least 1"),
         ("fk", "fk.resampling=residual", "fk.resampling must be one of systematic, multinomial"),

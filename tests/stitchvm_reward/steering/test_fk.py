@@ -108,6 +108,22 @@ def test_proposals_raise_the_value_and_the_first_is_the_plain_one():
     assert torch.equal(one, three[::3]) and len(three) == 48
 
 
+def test_proposals_are_drawn_in_their_window_and_else_in_the_first_two_fifths():
+    assert list(FeynmanKac(proposals=2).proposing(40)) == list(range(1, 17))
+    assert list(FeynmanKac(proposals=2).proposing(8)) == [1, 2, 3, 4]
+    assert list(FeynmanKac(proposals=1, proposal_window=[2, 5]).proposing(8)) == []
+    seen = []
+
+    class Watched(Parabola):
+        def one(self, denoiser, latents, rows, count, step):
+            seen.append((step, count))
+            return super().one(denoiser, latents, rows, count, step)
+
+    own = settings(particles=4, proposals=3, proposal_window=[3, 4], window=[2, 4], every=2)
+    fk(gaussian_denoiser(1, STEPS), Watched(), own)
+    assert seen == [(2, 4), (3, 12), (4, 12), (STEPS, 4)]
+
+
 def test_a_value_that_is_not_finite_is_told():
     class Broken(Value):
         def one(self, denoiser, latents, rows, count, step):

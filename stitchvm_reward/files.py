@@ -11,6 +11,10 @@ from typing import Any
 
 from stitchvm_reward.errors import InputError
 
+# It can only be read by setting it: once, before there are threads.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
 
 def _nearest(path: Path) -> Path:
     """The nearest of a path's parents that exists."""
@@ -22,6 +26,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def usual_mode(path: Path) -> None:
+    """Give a file, or all files of a folder, the mode of any new file: safetensors leaves its own to their owner alone,
+    whose group could not load them."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~_UMASK)
 
 
 @contextmanager
@@ -36,6 +48,7 @@ def staged(path: Path) -> Iterator[Path]:
         # A process that was killed may have had this one's number.
         _remove(beside)
         yield beside
+        usual_mode(beside)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() and beside.is_dir():
             shutil.rmtree(path)

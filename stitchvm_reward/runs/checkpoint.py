@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import usual_mode
 from stitchvm_reward.runs.recipe import CheckpointRecipe
 
 MANIFEST = "manifest.json"
@@ -108,6 +109,7 @@ def _stage(staged: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str,
     for stem, content in tensors.items():
         flat = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
         save_file(flat, staged / f"{stem}.safetensors")
+    usual_mode(staged)
     (staged / "state.json").write_text(json.dumps(state, indent=2))
     files = sorted(path for path in staged.iterdir())
     for path in files:

@@ -4,6 +4,8 @@ import json
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.files import check_writable, staged, write_json
@@ -27,6 +29,17 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
             folder.mkdir()
             (folder / name).write_text("")
         assert [file.name for file in path.iterdir()] == [name] and [*tmp_path.iterdir()] == [path]
+
+
+def test_files_can_be_read_by_whom_the_process_lets_read(tmp_path):
+    usual = tmp_path / "usual"
+    usual.touch()
+    for wanted in (tmp_path / "file", tmp_path / "folder" / "file"):
+        with staged(wanted if wanted.parent == tmp_path else wanted.parent) as new:
+            file = new if wanted.parent == tmp_path else new / "file"
+            file.parent.mkdir(exist_ok=True)
+            save_file({"a": torch.zeros(2)}, file)
+        assert wanted.stat().st_mode == usual.stat().st_mode
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -20,7 +20,8 @@ def test_shipped_recipes_load(path):
 def test_shipped_recipes_name_the_kind_of_their_reward():
     kinds = {path.stem.removeprefix("sd35m_"): load_stitch_recipe(path).reward.kind for path in SHIPPED}
     own = {"aesthetic": "aesthetic", "clip": "clip", "dfn": "dfn_clip", "hpsv2": "hpsv2", "pickscore": "pickscore"}
-    assert kinds == own | {"shapes_aesthetic": "aesthetic", "shapes_clip": "clip"}
+    shapes = {"shapes_aesthetic": "aesthetic", "shapes_aesthetic_prompt": "aesthetic", "shapes_clip": "clip"}
+    assert kinds == own | shapes
 
 
 @pytest.mark.parametrize(

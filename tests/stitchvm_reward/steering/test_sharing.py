@@ -79,16 +79,18 @@ def test_steering_is_the_same_with_and_without_sharing(generator, pipeline, stit
     torch.testing.assert_close(found[0].latents, found[1].latents, atol=1e-3, rtol=1e-3)
 
 
-def test_a_value_that_reads_prompts_begins_the_prompts_branch(generator, pipeline, value):
-    config = value.config | {"backbone": value.config["backbone"] | {"conditioning": "prompt"}}
-    reads = StitchedValueModel(value.backbone, value.network, value.readout, value.null, config)
+def test_a_value_that_reads_prompts_begins_the_prompts_branch(generator, pipeline):
+    reads = StitchedValueModel.from_pretrained(f"{VALUE}_prompt", "cpu", BackboneHead(pipeline.transformer))
     stitched = StitchedValue({"aesthetic": reads}, {"aesthetic": 1.0})
-    denoiser = denoiser_of(generator, pipeline, stitched, guidance=1.0)
+    denoiser = denoiser_of(generator, pipeline, stitched)
     latents = denoiser.start(2)
-    _, known = stitched.measure(denoiser, latents, 1)
-    assert set(known.passes) == {"prompt"}
+    values, known = stitched.measure(denoiser, latents, 1)
+    assert set(known.passes) == {"prompt"} and reads.block == 2
     whole = denoiser.velocity(latents, denoiser.sigmas[1], Known())
     torch.testing.assert_close(denoiser.velocity(latents, denoiser.sigmas[1], known), whole, atol=1e-5, rtol=1e-5)
+    backwards = torch.arange(len(PROMPTS) - 1, -1, -1)
+    swapped = replace(denoiser, conditions=denoiser.conditions.select(backwards))
+    assert (stitched.measure(swapped, latents, 1)[0] - values).abs().min() > 1e-3
 
 
 def test_blocks_of_another_network_or_under_another_negative_prompt_are_not_shared(generator, pipeline, stitched):

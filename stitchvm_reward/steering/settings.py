@@ -12,6 +12,13 @@ SCHEDULES = ("constant", "sigma", "tilt")
 ESTIMATES = ("tweedie", "monte_carlo")
 
 
+def require_window(name: str, window: list[int], lowest: int, may_be_empty: bool) -> None:
+    """Raise InputError unless a window is [first, last], in order, from `lowest` on, or empty where it may be."""
+    fits = lowest <= window[0] <= window[1] if len(window) == 2 else may_be_empty and not window
+    rule = f"{name} must be [first, last] with {lowest} <= first <= last" + ", or empty" * may_be_empty
+    require(fits, rule, window)
+
+
 @dataclass
 class BestOfN:
     particles: int = 4
@@ -46,11 +53,8 @@ class FeynmanKac:
         at_least("fk.proposals", self.proposals, 1)
         at_least("fk.temperature", self.temperature, 0)
         at_least("fk.every", self.every, 1)
-        ordered = len(self.window) == 2 and 1 <= self.window[0] <= self.window[-1]
-        require(ordered, "fk.window must be [first, last] with 1 <= first <= last", self.window)
-        proposing = self.proposal_window
-        ordered = not proposing or (len(proposing) == 2 and 1 <= proposing[0] <= proposing[-1])
-        require(ordered, "fk.proposal_window must be [first, last] with 1 <= first <= last, or empty", proposing)
+        require_window("fk.window", self.window, 1, may_be_empty=False)
+        require_window("fk.proposal_window", self.proposal_window, 1, may_be_empty=True)
         one_of("fk.resampling", self.resampling, RESAMPLING)
 
     def proposing(self, steps: int) -> range:
@@ -76,8 +80,7 @@ class Guidance:
     def __post_init__(self):
         require(math.isfinite(self.strength), "dps.strength must be finite", self.strength)
         one_of("dps.schedule", self.schedule, SCHEDULES)
-        ordered = not self.window or (len(self.window) == 2 and 0 <= self.window[0] <= self.window[-1])
-        require(ordered, "dps.window must be [first, last] with 0 <= first <= last, or empty", self.window)
+        require_window("dps.window", self.window, 0, may_be_empty=True)
 
 
 @dataclass

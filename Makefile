@@ -20,7 +20,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 demo: .venv/ready
 	$(LAUNCH) launch/nft.py recipes/shapes/aesthetic.yaml out=runs/demo-full
 	$(LAUNCH) launch/nft.py recipes/shapes/stopped.yaml out=runs/demo-stopped
-	$(BIN)/python -m nft.summary runs/demo-full runs/demo-stopped
+	$(BIN)/python -m nft.evaluation.summary runs/demo-full runs/demo-stopped
 
 test: .venv/ready check
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile

@@ -8,7 +8,7 @@ from typing import Any
 # This file is called as a script of the repository: its root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import answer, available_device  # noqa: E402
+from stitchvm_reward.command import run_command, available_device  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 
@@ -81,7 +81,7 @@ def steering_benchmark(recipe: Any, repeats: int, device: Any, shapes_only: bool
 
 def training_benchmark(recipe: Any, repeats: int, device: Any) -> tuple[dict[str, Any], list[str]]:
     """Every phase of a training recipe."""
-    from nft.benchmark import lines, measure
+    from nft.cost.benchmark import lines, measure
 
     found = measure(recipe, repeats, device)
     about = {"backbone": recipe.model.path, "resolution": recipe.model.resolution, "dtype": recipe.model.dtype}
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return answer(lambda: run(parse()))
+    return run_command(lambda: run(parse()))
 
 
 if __name__ == "__main__":

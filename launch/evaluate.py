@@ -12,7 +12,7 @@ from pathlib import Path
 # This file is called as a script of the repository: its root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import answer, available_device, hide_loading_bars  # noqa: E402
+from stitchvm_reward.command import run_command, available_device, hide_loading_bars  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 
@@ -91,7 +91,7 @@ def run_images(arguments: argparse.Namespace) -> None:
     from nft.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from nft.evaluate_images import CONFIDENCE, evaluate_images, table
+    from nft.evaluation.measure import CONFIDENCE, evaluate_images, table
     from stitchvm_reward.stitching.benchmark import machine
 
     hide_loading_bars()
@@ -115,10 +115,10 @@ def run_value(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         check_writable(arguments.out.with_suffix(".png"))
     from stitchvm_reward.stitching.benchmark import machine
-    from stitchvm_reward.stitching.evaluate import Evaluation, Question, cost, draw, quality, report, truth_error
+    from stitchvm_reward.stitching.evaluate import Evaluation, ValueEvaluationConfig, cost, draw, quality, report, truth_error
 
     hide_loading_bars()
-    question = Question(
+    question = ValueEvaluationConfig(
         arguments.images,
         arguments.count,
         sorted(arguments.sigmas),
@@ -169,7 +169,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return answer(lambda: run(parse()))
+    return run_command(lambda: run(parse()))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 # This file is called as a script of the repository: its root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import answer, hide_loading_bars  # noqa: E402
+from stitchvm_reward.command import run_command, hide_loading_bars  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 
 
@@ -39,9 +39,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.public and not arguments.push:
         raise InputError("--public is about the repository that --push makes; give --push USER/NAME with it")
-    from nft.card import FORMATS, Texts, check_login, push
-    from nft.export import check_destination, export
-    from nft.trained import read_trained
+    from nft.export.card import FORMATS, Texts, check_login, push
+    from nft.export.files import check_destination, export
+    from nft.export.trained import read_trained
     from stitchvm_reward.runs.recipe import DTYPES, one_of
 
     one_of("--format", arguments.format, FORMATS)
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return answer(lambda: run(parse()))
+    return run_command(lambda: run(parse()))
 
 
 if __name__ == "__main__":

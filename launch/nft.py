@@ -5,17 +5,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-# This file is called as the package it starts: the repository's root must come before this folder.
+# This file has the name of the package that it starts: the root of the repository must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import answer, hide_loading_bars  # noqa: E402
+from stitchvm_reward.command import run_command, hide_loading_bars  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/nft.py",
-        description="Fine-tune Stable Diffusion 3 by reinforcement, as a recipe says.",
+        description="Fine-tune an image diffusion model by reinforcement, as a recipe says.",
         epilog="Example: accelerate launch launch/nft.py recipes/shapes/aesthetic.yaml epochs=20 out=runs/try",
     )
     parser.add_argument("recipe", help="a recipe file, such as recipes/shapes/aesthetic.yaml")
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
-        from nft.plan import print_plan
+        from nft.cost.plan import print_plan
 
         print_plan(recipe, arguments.processes or 1)
         return 0
@@ -53,27 +53,29 @@ def train(recipe) -> None:
     hide_loading_bars()
     check_recipe(recipe)
     from nft.trainer import Trainer
-    from stitchvm_reward.runs.agreement import Agreement, Stopped, watched
-    from stitchvm_reward.runs.launcher import leave, make_accelerator, take_all_cores
+    from stitchvm_reward.runs.launcher import make_accelerator, shutdown, take_all_cores
+    from stitchvm_reward.runs.rank_sync import RankSync, Stopped, mark_stopped, watchdog
 
     accelerator = make_accelerator(recipe.timeout)
     take_all_cores(accelerator)
-    agreement = Agreement(accelerator)
-    agreement.listen()
+    ranks = RankSync(accelerator)
+    ranks.listen()
     try:
-        with watched(agreement.timings, recipe.timeout, accelerator.process_index):
-            finished = Trainer(recipe, accelerator, agreement).train()
+        with watchdog(ranks.timings, recipe.timeout, accelerator.process_index):
+            finished = Trainer(recipe, accelerator, ranks).train()
     except Stopped:
         finished = False
         if accelerator.is_main_process:
-            print("stopped by a signal before the first epoch; what was encoded is kept, run it again to go on")
+            message = "stopped by a signal before the first epoch"
+            mark_stopped(message)
+            print(f"{message}; prompts that were encoded are kept, run again to continue")
     if finished and accelerator.is_main_process:
         print(f"done: {recipe.out}/before_after.png, curves.png, lora.safetensors, metrics.jsonl")
-    leave(accelerator)
+    shutdown(accelerator)
 
 
 def main() -> int:
-    return answer(lambda: run(parse()))
+    return run_command(lambda: run(parse()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 # This file is called as a script of the repository: its root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import answer, available_device, hide_loading_bars  # noqa: E402
+from stitchvm_reward.command import run_command, available_device, hide_loading_bars  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = read_steering(arguments)
     import torch
 
-    from nft.sample_images import Sampler, gather_prompts, sample_all, steer_all, write_pictures
+    from nft.evaluation.sample import Sampler, gather_prompts, sample_all, steer_all, write_pictures
     from stitchvm_reward.runs.recipe import DTYPES, one_of
     from stitchvm_reward.runs.tracking import picture_grid
 
@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return answer(lambda: run(parse()))
+    return run_command(lambda: run(parse()))
 
 
 if __name__ == "__main__":

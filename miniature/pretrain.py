@@ -5,6 +5,7 @@ python -m miniature.pretrain clip       # CLIP, the second text tower and the ae
 python -m miniature.pretrain reward     # CLIP and the head again, as reward models, then
 python -m miniature.pretrain generator  # the Stable Diffusion 3 transformer and T5, then
 python -m miniature.pretrain smaller    # a smaller transformer, pruned and distilled from weights/sd3, then
+python -m miniature.pretrain flux       # a FLUX-class transformer, distilled with guidance from weights/sd3, then
 python -m miniature.pretrain measure    # the quality table and the sample grid
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from miniature import assemble, clip, generator, reward, scenes, smaller, vae
+from miniature import assemble, clip, flux, generator, reward, scenes, smaller, vae
 
 POOL = 40_000
 POOL_SEED = 1
@@ -28,7 +29,7 @@ def draw_pool(count: int = POOL) -> tuple[list[scenes.Scene], torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["vae", "clip", "reward", "generator", "smaller", "measure"])
+    parser.add_argument("part", choices=["vae", "clip", "reward", "generator", "smaller", "flux", "measure"])
     parser.add_argument("--folder", type=Path, default=Path("runs/pretrain"), help="where checkpoints go")
     parser.add_argument("--stop-at", type=int, help="stop after this step, on the same schedule")
     arguments = parser.parse_args()
@@ -36,6 +37,7 @@ def main() -> None:
     if arguments.part == "measure":
         assemble.measure(folder)
         smaller.measure()
+        flux.measure()
         return
     drawn, pool = draw_pool()
     if arguments.part == "vae":
@@ -44,6 +46,8 @@ def main() -> None:
         clip.pretrain(folder, drawn, pool, arguments.stop_at)
     elif arguments.part == "reward":
         reward.pretrain(folder, assemble.load_towers(folder), assemble.load_vae(folder), drawn, pool, arguments.stop_at)
+    elif arguments.part == "flux":
+        flux.pretrain(folder, drawn, pool, arguments.stop_at)
     elif arguments.part == "smaller":
         smaller.pretrain(folder, drawn, pool, arguments.stop_at)
     else:

@@ -6,7 +6,7 @@ CLIP = 5.0
 
 
 def advantages(rewards: Tensor, groups: Tensor, levels: Tensor, per_group_std: bool = False) -> Tensor:
-    """Group-normalised advantages (DiffusionNFT, arXiv 2509.16117, section 3).
+    """Return group-normalised advantages (DiffusionNFT, arXiv 2509.16117, section 3).
 
     A = (R - mean over the group) / (std + 1e-4); the standard deviation is the population's, over all samples of
     the epoch or of the group. Samples stopped at different levels are never compared: mean and standard
@@ -22,7 +22,7 @@ def advantages(rewards: Tensor, groups: Tensor, levels: Tensor, per_group_std: b
             members = same_level & (groups == group)
             within = rewards[members]
             if within.min() == within.max():
-                # The mean of equal numbers is off by rounding, which an adaptive optimizer would make a step of.
+                # The mean of equal numbers is off by rounding, and an adaptive optimizer would amplify that to a step.
                 result[members] = 0
                 continue
             std = within.std(correction=0) if per_group_std else spread
@@ -31,12 +31,12 @@ def advantages(rewards: Tensor, groups: Tensor, levels: Tensor, per_group_std: b
 
 
 def optimality(advantage: Tensor) -> Tensor:
-    """Probability r = .5 + A / 10 in [0, 1] with A clipped to +-5 (DiffusionNFT, section 3.3)."""
+    """Return the probability r = 0.5 + A / 10 in [0, 1], with A clipped to +-5 (DiffusionNFT, section 3.3)."""
     return 0.5 + advantage.clamp(-CLIP, CLIP) / (2 * CLIP)
 
 
 def collapsed_groups(rewards: Tensor, groups: Tensor) -> float:
-    """Share of groups whose rewards do not differ, which teach nothing."""
+    """Return the share of groups whose rewards do not differ: they teach nothing."""
     distinct = groups.unique()
     flat = [bool(rewards[groups == group].min() == rewards[groups == group].max()) for group in distinct]
     return sum(flat) / len(flat)

@@ -1,7 +1,7 @@
 """How processes share the training of one network: DDP, or a stage of DeepSpeed's ZeRO, behind the same few calls.
 
-Checkpoints are the same for all of them and for any number of processes: what a backend shards is gathered when it is
-captured and dealt out anew when it is restored.
+Checkpoints are the same for all backends and any number of processes: what a backend shards is gathered when it is
+saved and distributed anew when it is restored.
 """
 
 from collections.abc import Iterator
@@ -12,9 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from nft.config import TrainRecipe
-from nft.models import make_optimizer
-from nft.policy import Policy, own_part
+from nft.optimization import OptimizationSettings, make_optimizer
+from nft.policy import Policy, local_part
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint
 
@@ -22,18 +21,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """ZeRO's stage, 1 to 3, or 0 for DDP and for one process."""
+    """Return the stage of ZeRO, 1 to 3, or 0 for DDP and for one process."""
     plugin = accelerator.state.deepspeed_plugin
     return 0 if plugin is None else int(plugin.zero_stage)
 
 
 class Backend:
-    """A policy's network prepared for training, its optimizer, and `stage`: ZeRO's, or 0 for DDP and one process.
+    """A policy's network prepared for training, and its optimizer.
 
-    `network` is what to call, `optimizer` the torch optimizer that holds the learning rate.
+    `network` is what to call, `optimizer` the torch optimizer that holds the learning rate, and `stage` the stage of
+    ZeRO, or 0 for DDP and one process.
     """
 
-    def __init__(self, accelerator: Accelerator, policy: Policy, train: TrainRecipe):
+    def __init__(self, accelerator: Accelerator, policy: Policy, train: OptimizationSettings):
         self.accelerator, self.train = accelerator, train
         self.parameters = list(policy.tensors("current").values())
         self.stage = zero_stage(accelerator)
@@ -45,7 +45,7 @@ class Backend:
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """The passes of one optimizer step: their gradients are reduced once, by the last `backward` or at the end."""
+        """Hold the passes of one optimizer step; gradients are reduced once, by the last `backward` or at the end."""
         if self.engine is None:
             yield
         else:
@@ -54,7 +54,7 @@ class Backend:
 
     @contextmanager
     def passing(self, last: bool) -> Iterator[None]:
-        """One forward and backward pass in `accumulating`; `last` of the step."""
+        """Hold one forward and backward pass inside `accumulating`; `last` tells whether it is the step's last."""
         if self.engine is not None or last:
             yield
         else:
@@ -62,15 +62,17 @@ class Backend:
                 yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss; over processes they are averaged."""
+        """Add the gradients of a loss; they are averaged over processes."""
         if self.engine is None:
             self.accelerator.backward(loss)
         else:
             self.engine.backward(loss)
 
     def step(self) -> float | None:
-        """Clip, step and clear the gradients. Returns their norm before clipping, or None where it is not finite:
-        then nothing was applied, on any process."""
+        """Clip the gradients, take a step and clear them.
+
+        Returns their norm before clipping, or None where it is not finite: then nothing was applied on any process.
+        """
         if self.engine is not None:
             self.engine.step()
             return None if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
@@ -81,9 +83,26 @@ class Backend:
         self.optimizer.zero_grad(set_to_none=True)
         return norm if finite else None
 
+    def discard(self) -> None:
+        """Clear the gradients without taking a step, on all processes together."""
+        if self.engine is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        # DeepSpeed drops gradients, with all that it keeps beside them, only when their norm is not finite.
+        sharded: Any = self.engine.optimizer
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        infinite = torch.tensor(float("inf"), device=self.accelerator.device)
+        setattr(sharded, name, lambda: [infinite] if self.stage == 3 else infinite)
+        try:
+            self.engine.step()
+        finally:
+            delattr(sharded, name)
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """Whole moments and step counts of all parameters, as `checkpoint.optimizer_tensors` has them; all processes
-        call this together."""
+        """Return whole moments and step counts of all parameters, as `checkpoint.optimizer_tensors` does.
+
+        All processes call this together.
+        """
         if self.engine is None:
             return checkpoint.optimizer_tensors(self.optimizer)
         if not self.optimizer.state:
@@ -91,23 +110,25 @@ class Backend:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         step = torch.tensor(float(next(iter(self.optimizer.state.values()))["step"]))
-        found = {}
+        tensors = {}
         for index, parameter in enumerate(self.parameters):
-            found[f"{index}.step"] = step.clone()
+            tensors[f"{index}.step"] = step.clone()
             for name in MOMENTS:
-                found[f"{index}.{name}"] = safe_get_full_optimizer_state(parameter, name)
-        return found
+                tensors[f"{index}.{name}"] = safe_get_full_optimizer_state(parameter, name)
+        return tensors
 
     def load(self, flat: dict[str, Tensor]) -> None:
-        """Take up the parameters as they now are, and the optimizer's state that `optimizer_tensors` gave.
+        """Take over the parameters as they are now, and the optimizer state that `optimizer_tensors` returned.
 
-        Raises InputError where it is of an optimizer that this backend cannot go on with.
+        Raises InputError for the state of an optimizer that this backend cannot continue.
         """
         if self.engine is None:
             checkpoint.load_optimizer(self.optimizer, flat)
             return
         if flat and any(f"0.{name}" not in flat for name in (*MOMENTS, "step")):
-            raise InputError("the checkpoint's optimizer state is in 8 bits: go on without DeepSpeed, as it was begun")
+            raise InputError(
+                "the checkpoint's optimizer state is in 8 bits: continue without DeepSpeed, as the run was started"
+            )
         sharded: Any = self.engine.optimizer
         sharded.refresh_fp32_params()
         partitions = (
@@ -115,15 +136,15 @@ class Backend:
         )
         self.optimizer.state.clear()
         for partition in partitions if flat else ():
-            # torch's AdamW counts in a tensor, DeepSpeed's own for the CPU in a number.
-            own = isinstance(self.optimizer, torch.optim.AdamW)
-            step: Any = flat["0.step"].float().clone() if own else int(flat["0.step"])
+            # torch's AdamW counts steps in a tensor, DeepSpeed's AdamW for the CPU in a number.
+            tensor = isinstance(self.optimizer, torch.optim.AdamW)
+            step: Any = flat["0.step"].float().clone() if tensor else int(flat["0.step"])
             zeros = {name: torch.zeros_like(partition, requires_grad=False) for name in MOMENTS}
             self.optimizer.state[partition] = {"step": step} | zeros
         if flat:
-            self._deal(flat)
+            self._distribute(flat)
 
-    def _deal(self, flat: dict[str, Tensor]) -> None:
+    def _distribute(self, flat: dict[str, Tensor]) -> None:
         """Give each process its part of the moments."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
@@ -133,22 +154,22 @@ class Backend:
             for name in MOMENTS:
                 whole = flat[f"{index}.{name}"].to(self.accelerator.device)
                 if self.stage == 3:
-                    safe_set_local_optimizer_state(parameter, own_part(whole, parameter), name)
+                    safe_set_local_optimizer_state(parameter, local_part(whole, parameter), name)
                 else:
                     safe_set_full_optimizer_state(parameter, whole, name)
 
 
-def _configure(plugin: Any, train: TrainRecipe) -> None:
-    """Tell DeepSpeed what the recipe says. Raises InputError for what it cannot do."""
+def _configure(plugin: Any, train: OptimizationSettings) -> None:
+    """Configure DeepSpeed as the recipe says. Raises InputError for what it cannot do."""
     if train.optimizer != "adamw":
         raise InputError(
             f"train.optimizer={train.optimizer} and DeepSpeed exclude each other: ZeRO shards adamw's moments; set "
             "train.optimizer=adamw, or launch without DeepSpeed"
         )
     config = plugin.deepspeed_config
-    # Batches are cut by the recipe's geometry; DeepSpeed only wants a number to be there.
+    # The recipe's geometry cuts batches; DeepSpeed only needs a number here.
     config["train_micro_batch_size_per_gpu"] = 1
     config["gradient_accumulation_steps"] = 1
     config["gradient_clipping"] = train.max_gradient_norm
-    # Every sharded parameter has its one place in its shard: nothing to keep in step beside it.
+    # Every sharded parameter lives in its shard alone, with no second copy to keep consistent.
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0

@@ -1,13 +1,14 @@
 """The policy: low-rank adapters on one frozen network.
 
 `current` is trained, `old` collects rollouts, `ema` is evaluated; with no adapter the network is the reference.
-Three named adapters instead of swapped weights: an autocast cache, a sharded optimizer or an exception in
-between can then never see the wrong ones.
+There are three named adapters instead of swapped weights, so that an autocast cache, a sharded optimizer or an
+exception in between can never see the wrong ones.
 """
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,13 +19,36 @@ from torch import Tensor, nn
 
 from stitchvm_reward.errors import InputError, nearest
 from stitchvm_reward.runs import randomness
+from stitchvm_reward.runs.recipe import at_least, one_of
 
 ADAPTERS = ("current", "old", "ema")
 INITS = ("gaussian", "kaiming")
 
 
+@dataclass
+class LoraRecipe:
+    rank: int = 32
+    """Rank of the adapters."""
+    alpha: int = 64
+    """Numerator of the scale: the update is alpha / rank * B A."""
+    targets: list[str] = field(default_factory=list)
+    """Layers to adapt, by the end of their names, such as `attn.to_q`. Empty: the attention projections that the
+    model's family names."""
+    init: str = "gaussian"
+    """How A is initialised: gaussian (standard deviation 1 / rank, as in DiffusionNFT) or kaiming (uniform, PEFT's
+    default). B starts at zero, so that the policy starts as the base model."""
+    start: str = ""
+    """LoRA file to start from instead, as launch/export.py or training writes it: of the same rank and on the same
+    layers. The reference of train.beta_kl stays the base model."""
+
+    def __post_init__(self):
+        at_least("lora.rank", self.rank, 1)
+        at_least("lora.alpha", self.alpha, 1)
+        one_of("lora.init", self.init, INITS)
+
+
 def old_decay(schedule: int, step: int) -> float:
-    """Share of itself that the old policy keeps after an epoch (DiffusionNFT, section 3.4 and its code)."""
+    """Return the share of itself that the old policy keeps after an epoch (DiffusionNFT, section 3.4 and its code)."""
     if schedule == 0:
         return 0.0
     if schedule == 1:
@@ -33,32 +57,32 @@ def old_decay(schedule: int, step: int) -> float:
 
 
 def ema_decay(step: int, ceiling: float) -> float:
-    """Decay of the evaluation average after optimizer step `step`, counted from 1."""
+    """Return the decay of the evaluation average after optimizer step `step`, counted from 1."""
     return min((1 + step) / (10 + step), ceiling)
 
 
-def own_part(whole: Tensor, parameter: Any) -> Tensor:
-    """This process's part of what ZeRO-3 holds sharded like `parameter`, padded as it is."""
+def local_part(whole: Tensor, parameter: Any) -> Tensor:
+    """Return this process's part of a tensor that ZeRO-3 shards like `parameter`, with the same padding."""
     size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
     padded = F.pad(whole.flatten(), (0, size * torch.distributed.get_world_size() - whole.numel()))
     return padded[rank * size : (rank + 1) * size]
 
 
 class Policy:
-    """Adapters on `network`, in float32, whatever the network's own format.
+    """Adapters on `network`, in float32 whatever the network's own number format.
 
-    `old_is_current` tells whether the two hold the same numbers, so that one forward can serve for both.
+    `old_is_current` tells whether the two adapters hold the same numbers, so that one forward pass serves for both.
     """
 
-    def __init__(self, network: Any, rank: int, alpha: int, targets: list[str], seed: int, init: str = "gaussian"):
+    def __init__(self, network: Any, rank: int, alpha: int, targets: list[str], seed: int, *, init: str = "gaussian"):
         self.network, self.rank, self.alpha = network, rank, alpha
         layers = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
         for target in targets:
             if not any(name == target or name.endswith(f".{target}") for name in layers):
                 known = sorted({".".join(name.split(".")[2:]) for name in layers if "blocks." in name})
-                raise InputError(f"lora.targets names {target}, which no layer is called: {nearest(target, known)}")
+                raise InputError(f"lora.targets names {target}, but no layer has that name: {nearest(target, known)}")
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
             torch.manual_seed(randomness.at(seed, randomness.ADAPTERS).initial_seed())
             for name in ADAPTERS:
                 weights = "gaussian" if init == "gaussian" else True  # True is PEFT's name for kaiming
@@ -75,19 +99,19 @@ class Policy:
         self._activate("current")
 
     def tensors(self, adapter: str) -> dict[str, nn.Parameter]:
-        """The adapter's matrices by layer name, in a fixed order: LAYER.lora_A and LAYER.lora_B."""
-        found = {}
+        """Return the adapter's matrices by layer name, in a fixed order: LAYER.lora_A and LAYER.lora_B."""
+        matrices = {}
         for name, layer in self.layers.items():
-            found[f"{name}.lora_A"] = layer.lora_A[adapter].weight
-            found[f"{name}.lora_B"] = layer.lora_B[adapter].weight
-        return found
+            matrices[f"{name}.lora_A"] = layer.lora_A[adapter].weight
+            matrices[f"{name}.lora_B"] = layer.lora_B[adapter].weight
+        return matrices
 
     def _held(self, adapter: str) -> list[Tensor]:
-        """What this process holds of the adapter's matrices: all, or its part under ZeRO-3, alike for all adapters."""
+        """Return what this process holds of the adapter's matrices: all, or under ZeRO-3 its part of each."""
         return [getattr(matrix, "ds_tensor", matrix) for matrix in self.tensors(adapter).values()]
 
     def whole(self, adapter: str) -> dict[str, Tensor]:
-        """The adapter's matrices by layer name; where they are sharded, gathered by all processes together."""
+        """Return the adapter's matrices by layer name; all processes gather them together where they are sharded."""
         matrices = self.tensors(adapter)
         if not hasattr(next(iter(matrices.values())), "ds_tensor"):
             return {key: matrix.detach() for key, matrix in matrices.items()}
@@ -97,22 +121,24 @@ class Policy:
             return {key: matrix.detach().clone() for key, matrix in matrices.items()}
 
     def scaling(self) -> dict[str, float]:
-        """What each layer multiplies B A with."""
+        """Return the factor that each layer multiplies B A by."""
         return {name: layer.scaling["current"] for name, layer in self.layers.items()}
 
     @torch.no_grad()
     def start_from(self, tensors: dict[str, Tensor]) -> None:
-        """Begin all adapters at a LoRA file's matrices, B with the scale folded in, as `nft.lora.read_lora` gives
-        them. Raises InputError when they are of other layers or another rank than this policy's."""
-        own, scaling = self.tensors("current"), self.scaling()
-        odd = sorted(own.keys() ^ tensors.keys())
-        if odd:
-            side = "the policy" if odd[0] in own else "lora.start"
+        """Initialise all adapters from a LoRA file's matrices, B with the scale folded in, as `read_lora` returns them.
+
+        Raises InputError where their layers or their rank differ from this policy's.
+        """
+        matrices, scaling = self.tensors("current"), self.scaling()
+        different = sorted(matrices.keys() ^ tensors.keys())
+        if different:
+            side = "the policy" if different[0] in matrices else "lora.start"
             raise InputError(
-                f"lora.start and lora.targets differ in {len(odd)} of their matrices: only {side} has {odd[0]}; "
-                "set lora.targets to the layers that the file has"
+                f"lora.start and lora.targets differ in {len(different)} matrices: only {side} has {different[0]}; "
+                "set lora.targets to the layers of the file"
             )
-        for key, matrix in own.items():
+        for key, matrix in matrices.items():
             layer, part = key.rsplit(".", 1)
             if tensors[key].shape != matrix.shape:
                 given, needed = tuple(tensors[key].shape), tuple(matrix.shape)
@@ -123,12 +149,12 @@ class Policy:
 
     @property
     def active(self) -> str | None:
-        """The adapter that the network runs with now."""
+        """The adapter that the network runs with now; None is the base model."""
         return self._active
 
     def _activate(self, adapter: str | None) -> None:
         self._active = adapter
-        # Setting the layers' own state leaves requires_grad alone, which set_adapter does not.
+        # Setting the layers' own state leaves requires_grad alone; set_adapter would not.
         for layer in self.layers.values():
             layer._disable_adapters = adapter is None
             layer._active_adapter = [adapter or "current"]
@@ -153,7 +179,7 @@ class Policy:
         torch._foreach_copy_(self._held(target), self._held(source))
 
     def after_update(self, step: int, ceiling: float) -> None:
-        """Note that `current` moved in optimizer step `step`, counted from 1, and let the average follow."""
+        """Record that `current` moved in optimizer step `step`, counted from 1, and let the average follow."""
         self.old_is_current = False
         self.blend("ema", ema_decay(step, ceiling))
 
@@ -167,18 +193,18 @@ class Policy:
         self.old_is_current = decay == 0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All adapters' matrices under ADAPTER/LAYER.lora_X."""
+        """Return all adapters' matrices under ADAPTER/LAYER.lora_X."""
         return {f"{name}/{key}": matrix for name in ADAPTERS for key, matrix in self.whole(name).items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put all adapters' matrices back. Raises InputError when names or shapes differ."""
-        own: dict[str, Any] = {f"{name}/{key}": m for name in ADAPTERS for key, m in self.tensors(name).items()}
-        shapes = {key: getattr(matrix, "ds_shape", matrix.shape) for key, matrix in own.items()}
+        """Restore all adapters' matrices. Raises InputError where names or shapes differ."""
+        matrices: dict[str, Any] = {f"{name}/{key}": m for name in ADAPTERS for key, m in self.tensors(name).items()}
+        shapes = {key: getattr(matrix, "ds_shape", matrix.shape) for key, matrix in matrices.items()}
         if shapes != {key: tensor.shape for key, tensor in state.items()}:
-            raise InputError("the checkpoint's adapters are of another rank, other layers or another model")
-        for key, matrix in own.items():
+            raise InputError("the checkpoint's adapters have another rank, other layers or another model")
+        for key, matrix in matrices.items():
             if hasattr(matrix, "ds_tensor"):
-                matrix.ds_tensor.copy_(own_part(state[key].to(matrix.ds_tensor), matrix))
+                matrix.ds_tensor.copy_(local_part(state[key].to(matrix.ds_tensor), matrix))
             else:
                 matrix.copy_(state[key])

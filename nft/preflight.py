@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nft.config import ModelRecipe, Recipe
-from nft.lora import read_lora
+from nft.export.lora import read_lora
 from nft.prompts import check_prompts
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import is_hub_id, locate
@@ -37,9 +37,9 @@ def check_value_model(folder: str, model: ModelRecipe) -> None:
             "stitch a value model for this size"
         )
     own = config["backbone"]
-    if own["conditioning"] == "prompt" and own["t5_length"] != model.t5_length:
+    if own["conditioning"] == "prompt" and own["text_length"] != model.text_length:
         raise InputError(
-            f"{folder} reads prompts of {own['t5_length']} T5 tokens, model.t5_length is {model.t5_length}: "
+            f"{folder} reads prompts of {own['text_length']} T5 tokens, model.text_length is {model.text_length}: "
             "set the one to the other"
         )
 

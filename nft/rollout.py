@@ -6,20 +6,53 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stitchvm_reward.diffusion.generator import Conditions, Generator
+from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.diffusion.path import per_sample
-from stitchvm_reward.diffusion.solvers import solve_each
+from stitchvm_reward.diffusion.solvers import SOLVERS, solve_each
+from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.runs import randomness
+from stitchvm_reward.runs.recipe import at_least, one_of, require
 
 
 @dataclass
-class Rollout:
-    """One micro batch of finished solver runs.
+class RolloutRecipe:
+    groups: int = 48
+    """Prompts per epoch."""
+    group_size: int = 24
+    """Images per prompt."""
+    micro_batch: int = 8
+    """Samples that a device works on at once, in rollout and in training."""
+    steps: int = 10
+    """Solver steps of a full rollout."""
+    solver: str = "euler"
+    """euler (neutral: evaluation uses it) or dpm2 (second order; overshoots the spread of the data at 10 steps)."""
+    stop_window: list[int] = field(default_factory=list)
+    """[first, last]: each group's rollouts stop after a number of steps drawn from it, and a value model scores the
+    noisy latents there; the paper uses [12, 17] of 25 steps. Empty: full rollouts, decoded and scored as images."""
 
-    `samples` are global indices, `prompts` prompt indices, `anchor` the float32 latents (batch, c, h, w) at level
-    `tau` (batch,). `table` holds what the network reads of each of the epoch's prompts, once, and `rows` (batch,)
-    this batch's places in it. `weight` is 0 for a stand-in that only keeps processes in step. Rewards by name, then
-    optimality r, are filled in later.
+    def __post_init__(self):
+        at_least("rollout.groups", self.groups, 1)
+        at_least("rollout.group_size", self.group_size, 1)
+        at_least("rollout.micro_batch", self.micro_batch, 1)
+        at_least("rollout.steps", self.steps, 2)
+        one_of("rollout.solver", self.solver, SOLVERS)
+        if self.stop_window:
+            ordered = len(self.stop_window) == 2 and 1 <= self.stop_window[0] <= self.stop_window[-1] < self.steps
+            require(
+                ordered,
+                f"rollout.stop_window must be [first, last] with 1 <= first <= last < rollout.steps ({self.steps})",
+                self.stop_window,
+            )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One micro batch of solver runs.
+
+    `samples` are global indices and `prompts` prompt indices. `anchor` holds the float32 latents (batch, c, h, w) at
+    level `tau` (batch,). `table` holds what the network reads of each of the epoch's prompts, once, and `rows` (batch,)
+    is this batch's places in it. `weight` is 0 for a stand-in that only keeps processes in step. Rewards by name and
+    the optimality r (batch,) are missing until they are known.
     """
 
     samples: list[int]
@@ -34,16 +67,33 @@ class Rollout:
 
     @property
     def conditions(self) -> Conditions:
+        """What the network reads for each sample."""
         return self.table.select(self.rows)
 
 
-def stop_step(seed: int, epoch: int, group: int, window: list[int]) -> int:
-    """The step at which a group's rollouts stop, uniform in the window [first, last] (Stitched Value Model, C.4).
+def stand_in(table: Conditions, latent_shape: tuple[int, ...]) -> Rollout:
+    """Return a rollout of weight zero, which lets a process without micro batches run the network as others do."""
+    device = table.device
+    zero = torch.zeros(1, device=device)
+    row, anchor = torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, *latent_shape, device=device)
+    return Rollout([0], [0], table, row, anchor, zero, optimality=zero, weight=0.0)
 
-    Addressed by epoch and group, so every process draws the same.
+
+def stop_step(seed: int, epoch: int, group: int, window: list[int]) -> int:
+    """Draw the step at which a group's rollouts stop, uniform in [first, last] (Stitched Value Model, C.4).
+
+    It is addressed by epoch and group, so every process draws the same.
     """
     first, last = window
     return int(torch.randint(first, last + 1, (1,), generator=randomness.at(seed, randomness.STOPS, epoch, group)))
+
+
+def rollout_stops(rollout: RolloutRecipe, seed: int, epoch: int, samples: list[int]) -> list[int]:
+    """Return after how many solver steps each sample's rollout ends: all of them, or its group's draw."""
+    if not rollout.stop_window:
+        return [rollout.steps] * len(samples)
+    groups = [n // rollout.group_size for n in samples]
+    return [stop_step(seed, epoch, group, rollout.stop_window) for group in groups]
 
 
 @torch.no_grad()
@@ -53,57 +103,37 @@ def sample(
     conditions: Conditions,
     latents: Tensor,
     sigmas: list[float],
-    solver: str,
+    *,
+    solver: str = "euler",
     stops: list[int] | None = None,
 ) -> Tensor:
-    """Solve from `latents` (batch, c, h, w) at sigmas[0] down all of `sigmas`, or each sample down to its stop.
+    """Solve from `latents` (batch, c, h, w) at sigmas[0] down all of `sigmas`, or each sample down to its own stop.
 
-    Without guidance; float32 latents.
+    There is no classifier-free guidance. Returns float32 latents.
     """
-
-    own = conditions
+    remaining = conditions
 
     def velocity(latents: Tensor, sigma: float, rows: list[int]) -> Tensor:
-        nonlocal own
-        if len(rows) < len(own.pooled):  # some have arrived
-            own = conditions.select(torch.tensor(rows, device=latents.device))
+        nonlocal remaining
+        if len(rows) < len(remaining):  # some samples have arrived
+            remaining = conditions.select(torch.tensor(rows, device=latents.device))
         level = torch.full((len(latents),), sigma, device=latents.device)
-        return generator.velocity(latents, level, own, network)
+        return generator.velocity(latents, level, remaining, network)
 
     stops = stops or [len(sigmas) - 1] * len(latents)
     return solve_each(velocity, latents.to(generator.device), sigmas, solver, stops)
 
 
-def roll_out(
-    generator: Generator,
-    network: nn.Module,
-    table: Conditions,
-    rows: Tensor,
-    samples: list[int],
-    prompts: list[int],
-    seed: int,
-    epoch: int,
-    sigmas: list[float],
-    solver: str,
-    stops: list[int],
-) -> Rollout:
-    """Rollouts of one micro batch, each from the noise at its own address down to the level sigmas[stop]."""
-    noise = randomness.noise(generator.latent_shape, seed, randomness.ROLLOUT, epoch, samples)
-    latents = sample(generator, network, table.select(rows), noise, sigmas, solver, stops)
-    tau = torch.tensor([sigmas[stop] for stop in stops], device=latents.device)
-    return Rollout(samples, prompts, table, rows, latents, tau)
-
-
-def roll_on(
+def continue_rollout(
     generator: Generator, network: nn.Module, rollout: Rollout, rows: list[int], sigmas: list[float], solver: str
 ) -> Tensor:
-    """Take some stopped samples the rest of the way: clean latents (len(rows), c, h, w)."""
+    """Take some stopped samples of a rollout the rest of the way: clean latents (len(rows), c, h, w)."""
     starts = [int((torch.tensor(sigmas) - float(rollout.tau[row])).abs().argmin()) for row in rows]
     latents = rollout.anchor[rows].clone()
     for start in sorted(set(starts)):
-        own = [place for place, found in enumerate(starts) if found == start]
-        conditions = rollout.table.select(rollout.rows[[rows[place] for place in own]])
-        latents[own] = sample(generator, network, conditions, latents[own], sigmas[start:], solver)
+        places = [place for place, other in enumerate(starts) if other == start]
+        conditions = rollout.table.select(rollout.rows[[rows[place] for place in places]])
+        latents[places] = sample(generator, network, conditions, latents[places], sigmas[start:], solver=solver)
     return latents
 
 
@@ -112,14 +142,15 @@ def last_steps(
     network: nn.Module,
     conditions: Conditions,
     latents: Tensor,
+    *,
     levels: Tensor,
     checkpointed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Euler steps with gradient from `latents` (batch, c, h, w) down `levels` (steps + 1, batch), float64.
+    """Take Euler steps with gradient from `latents` (batch, c, h, w) down `levels` (steps + 1, batch), float64.
 
-    Returns the float32 latents at the last level, as `sample` gives them, and what each step began from and its
-    velocity, both (steps, batch, c, h, w). `checkpointed` steps keep only what they begin from and are run again in the
-    backward pass.
+    Returns the float32 latents at the last level, as `sample` does, and where each step began and its velocity, both
+    (steps, batch, c, h, w). Steps that are `checkpointed` keep only where they begin and are run again in the backward
+    pass.
     """
     states, velocities = [], []
     for level, following in zip(levels, levels[1:]):
@@ -135,12 +166,12 @@ def last_steps(
 
 
 def training_levels(
-    samples: list[int], tau: list[float], sigmas: list[float], count: int, kind: str, seed: int, epoch: int
+    samples: list[int], tau: list[float], sigmas: list[float], *, count: int, kind: str, seed: int, epoch: int
 ) -> Tensor:
-    """Noise levels to train each sample on, (batch, count) float32, all above its own tau.
+    """Return noise levels to train each sample on, (batch, count) float32, all above its own tau.
 
     `grid`: the first `count` of a permutation of the solver's levels, one permutation per sample.
-    `continuous`: uniform with t - tau >= .03.
+    `continuous`: uniform with t - tau >= 0.03.
     """
     nearly = 1e-5  # tau is one of the levels, in single precision; the next level is much further
     rows = []

@@ -1,6 +1,6 @@
-"""What every command line here does: quiet libraries, and one line with exit code 2 for a user's mistake.
+"""What all commands share: quiet libraries, and exit code 2 with a one-line message for a user's mistake.
 
-Import this before transformers or diffusers: they read their verbosity when they are imported.
+Import this before transformers and diffusers, which read their verbosity at import.
 """
 
 import os
@@ -13,22 +13,22 @@ from stitchvm_reward.errors import InputError, SharedError
 if TYPE_CHECKING:
     import torch
 
-# Prompts are tokenized in short bursts between training; threads forked there only bring warnings.
+# Prompts are tokenized in short bursts; parallel tokenizers would only print warnings about forked processes.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# The libraries advise on every import; a user's terminal is for the run.
+# The libraries print advice at every import.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
 def available_device() -> "torch.device":
-    """What commands of one process compute on: the GPU where there is one."""
+    """Return the device of single-process commands: the GPU if there is one."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def hide_loading_bars() -> None:
-    """Leave the progress bars to the run's own; those of loading are over before they are read."""
+    """Hide the libraries' progress bars for loading, which would clutter those of the run."""
     import diffusers
     import transformers
 
@@ -36,8 +36,8 @@ def hide_loading_bars() -> None:
     diffusers.utils.logging.disable_progress_bar()
 
 
-def answer(run: Callable[[], int | None]) -> int:
-    """The exit code of a command: what `run` returns (None is 0), or 2 with the mistake on standard error."""
+def run_command(run: Callable[[], int | None]) -> int:
+    """Return the exit code of a command: what `run` returns (0 for None), or 2 after an InputError, which is printed."""
     try:
         return run() or 0
     except InputError as error:

@@ -1,17 +1,17 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that stand for a user's mistake."""
 
 from difflib import get_close_matches
 
 
 class InputError(Exception):
-    """Bad input, told in one line: the rule, what was given, what to do. Commands print it and exit with 2."""
+    """A mistake in the input, in one line: the rule, the value given, what to do. Commands print it and exit with 2."""
 
 
 class SharedError(InputError):
-    """A mistake or failure that every process knows of: only the first of them tells it."""
+    """A mistake or failure that all processes know of; only the first process prints it."""
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """A hint naming the nearest known word, or listing them when none is near."""
+    """Return a hint: the nearest known word or, if none is near, all of them."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"

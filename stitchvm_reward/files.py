@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and figures as JSON."""
+"""Writing files and folders atomically, and results as JSON."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from typing import Any
 
 from stitchvm_reward.errors import InputError
 
-# It can only be read by setting it: once, before there are threads.
+# The mask can only be read by setting it, which is safe once, before there are threads.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
 
 def _nearest(path: Path) -> Path:
-    """The nearest of a path's parents that exists."""
+    """Return the nearest parent of a path that exists."""
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
@@ -29,8 +29,10 @@ def _remove(path: Path) -> None:
 
 
 def usual_mode(path: Path) -> None:
-    """Give a file, or all files of a folder, the mode of any new file: safetensors leaves its own to their owner alone,
-    whose group could not load them."""
+    """Give a file, or all files of a folder, the usual mode of new files.
+
+    safetensors writes files that only their owner can read.
+    """
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file() and not file.is_symlink():
             file.chmod(0o666 & ~_UMASK)
@@ -38,14 +40,14 @@ def usual_mode(path: Path) -> None:
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A path to write a file or a folder at, which gets its name, `path`, at the end; parents are made then.
+    """Yield a temporary path for a file or folder, which is renamed to `path` at the end; parents are created then.
 
-    It takes the place of a file or folder of that name. Where anything raises, that one stays and nothing is left
-    behind. Processes may write the same name at once: the last one's stays. Raises OSError where it cannot be written.
+    An existing file or folder of that name is replaced. If the body raises, it is kept and nothing is left behind.
+    Several processes may write the same name at once; the last one wins. Raises OSError if writing fails.
     """
     beside = _nearest(path) / f".{path.name}.{os.getpid()}.staged"
     try:
-        # A process that was killed may have had this one's number.
+        # A killed process may have had the same process id.
         _remove(beside)
         yield beside
         usual_mode(beside)
@@ -58,7 +60,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError where a file cannot be written at `path`, as far as that is known before; nothing is changed."""
+    """Raise InputError if a file cannot be written at `path`, as far as can be known in advance; nothing is changed."""
     try:
         if path.exists():
             path.open("a").close()
@@ -70,7 +72,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, and the folders that it needs. Raises InputError where it cannot be written."""
+    """Write a JSON file and create its parent folders. Raises InputError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n")

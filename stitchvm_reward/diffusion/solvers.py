@@ -3,22 +3,9 @@
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 SOLVERS = ("euler", "dpm2")
-
-
-def sigma_schedule(steps: int, shift: float = 3.0, train_steps: int = 1000) -> list[float]:
-    """Noise levels of a flow-matching Euler scheduler: `steps` levels from 1 down, then 0.
-
-    The levels of diffusers' FlowMatchEulerDiscreteScheduler with the same shift: both ends of the shifted
-    training range, evenly spaced, then shifted again.
-    """
-    lowest = 1 / train_steps
-    first, last = 1.0, shift * lowest / (1 + (shift - 1) * lowest)
-    spaced = torch.linspace(first, last, steps, dtype=torch.float64)
-    return [*(shift * spaced / (1 + (shift - 1) * spaced)).tolist(), 0.0]
 
 
 def euler_step(latents: Tensor, velocity: Tensor, sigma: float, following: float) -> Tensor:

@@ -1,17 +1,27 @@
-"""Rewards of images: every one is `score(images, prompts) -> (batch,) float32`."""
+"""Rewards of images: each has `score(images, prompts) -> (batch,) float32`."""
 
-import importlib
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stitchvm_reward.errors import InputError, SharedError
+from stitchvm_reward.errors import SharedError
 from stitchvm_reward.rewards.aesthetic import AestheticReward
 from stitchvm_reward.rewards.clip import TEXT_KINDS, ClipReward
+from stitchvm_reward.rewards.custom import FunctionReward, check_custom, find_function, load_custom
+from stitchvm_reward.rewards.recipe import KINDS, RewardRecipe
 
-KINDS = ("aesthetic", *TEXT_KINDS, "function")
+__all__ = [
+    "KINDS",
+    "FunctionReward",
+    "Reward",
+    "RewardRecipe",
+    "check_custom",
+    "check_finite",
+    "find_function",
+    "load_reward",
+    "not_finite",
+]
 
 
 class Reward(Protocol):
@@ -20,59 +30,27 @@ class Reward(Protocol):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor: ...
 
 
-def find_function(name: str) -> Callable[[Tensor, list[str]], Tensor]:
-    """Import `package.module:function`. Raises InputError when it is not there."""
-    module, _, attribute = name.partition(":")
-    if not attribute or not module or module.startswith("."):
-        raise InputError(f"a function is written package.module:function, got {name!r}")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a user's module may fail in any way while it is imported
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"cannot import {name} ({reason}); is it on PYTHONPATH?") from None
-    if not callable(found):
-        raise InputError(f"{name} is not a function")
-    return found
+def load_reward(reward: RewardRecipe, device: torch.device) -> Reward:
+    """Load a reward of images. Raises InputError if its model, head, function or class is not available.
 
-
-class FunctionReward:
-    """A user's own `function(images, prompts) -> (batch,)`, with its mistakes told by name."""
-
-    def __init__(self, name: str):
-        self.name, self.function = name, find_function(name)
-
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        try:
-            scores = self.function(images, prompts)
-        except Exception as error:
-            raise InputError(f"{self.name} raised {type(error).__name__}: {error}") from error
-        if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
-            given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise InputError(f"{self.name} must return a tensor of shape ({len(prompts)},), got {given}")
-        return scores.to(torch.float32)
-
-
-def load_reward(kind: str, model: str, head: str, function: str, device: torch.device) -> Reward:
-    """Load one reward: `aesthetic` (CLIP model and head), one of TEXT_KINDS (CLIP model), `function` (a user's own).
-
-    Raises InputError for another kind, or for a model, head or function that cannot be had.
+    A value model scores latents and is not loaded here; see `stitchvm_reward.steering.build.pixel_reward`.
     """
-    if kind == "aesthetic":
-        return AestheticReward(model, head, device)
-    if kind in TEXT_KINDS:
-        return ClipReward(model, kind, device)
-    if kind == "function":
-        return FunctionReward(function)
-    raise InputError(f"a reward's kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if reward.kind == "aesthetic":
+        return AestheticReward(reward.model, reward.head, device)
+    if reward.kind in TEXT_KINDS:
+        return ClipReward(reward.model, reward.kind, device)
+    if reward.custom:
+        return load_custom(reward, device)
+    raise ValueError(f"a reward of images must be of another kind than {reward.kind!r}")
 
 
 def not_finite(name: str, scores: Tensor) -> str | None:
-    """What to say of a reward of whose scores (count,) some are not finite, or None where all are."""
+    """Return a message if some of a reward's scores (count,) are not finite, or None."""
     bad = int((~scores.isfinite()).sum())
     return f"reward {name} gave {bad} of {len(scores)} scores that are not finite" if bad else None
 
 
 def check_finite(name: str, scores: Tensor) -> None:
-    """Raise SharedError when a reward gave a score that is not finite, on whatever process: `scores` are of all."""
-    if (told := not_finite(name, scores)) is not None:
-        raise SharedError(f"{told}; the run stops here")
+    """Raise SharedError if any of a reward's scores is not finite; `scores` are those of all processes."""
+    if (message := not_finite(name, scores)) is not None:
+        raise SharedError(f"{message}; the run stops here")

@@ -16,7 +16,7 @@ FILES = ("model.safetensors", "aesthetic-model.pth")
 
 
 class AestheticHead(nn.Module):
-    """Linear layers width-1024-128-64-16-1 with dropout between and no activations, as published (sac+logos+ava1)."""
+    """Linear layers width-1024-128-64-16-1 with dropout and without activations, as published (sac+logos+ava1)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -36,28 +36,28 @@ class AestheticHead(nn.Module):
 
 
 def load_head(model: str) -> AestheticHead:
-    """Load a head from a file, a folder or a hub id; tensors only, never code. Raises InputError otherwise."""
+    """Load a head from a file, a folder or a hub id; tensors only, never code. Raises InputError if that fails."""
     path = Path(model).expanduser()
     if not path.is_file():
         folder = locate(model, FILES)
-        found = [folder / name for name in FILES if (folder / name).is_file()]
-        if not found:
+        files = [folder / name for name in FILES if (folder / name).is_file()]
+        if not files:
             raise InputError(f"no aesthetic head in {model}: expected one of {', '.join(FILES)}")
-        path = found[0]
+        path = files[0]
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         if not isinstance(tensors, dict):
-            raise TypeError(f"it holds a {type(tensors).__name__}, not named tensors")
+            raise TypeError(f"the file contains a {type(tensors).__name__}, not named tensors")
         head = AestheticHead(tensors["layers.0.weight"].shape[1])
         head.load_state_dict(tensors)
     except (RuntimeError, LookupError, TypeError, AttributeError, EOFError, SafetensorError, UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{path} is no aesthetic head (keys layers.0, .2, .4, .6, .7): {reason}") from None
+        raise InputError(f"{path} is not an aesthetic head (keys layers.0, .2, .4, .6, .7): {reason}") from None
     return head.float().eval().requires_grad_(False)
 
 
 class AestheticReward:
-    """Predicted aesthetic score, about 1 to 10; the prompt does not matter."""
+    """The predicted aesthetic score, about 1 to 10; prompts are ignored."""
 
     def __init__(self, model: str, head: str, device: torch.device):
         self.head = load_head(head).to(device)
@@ -70,5 +70,5 @@ class AestheticReward:
             )
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """(batch,) float32 for (batch, 3, h, w) images in [0, 1]; differentiable."""
+        """Return scores (batch,) float32 of images (batch, 3, h, w) in [0, 1]; differentiable."""
         return self.head(self.tower.embed(images))

@@ -1,4 +1,4 @@
-"""Rewards that compare an image with its text, and the image tower that the aesthetic reward shares."""
+"""Rewards that compare an image with its text, and the image tower, which the aesthetic reward uses too."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import locate
 from stitchvm_reward.rewards.preprocess import normalise, pad_to_square, resize_and_crop, squash
 
-# How a picture of any shape becomes the square that the tower reads, by the kind of reward.
+# How an image of any shape becomes the square that the tower reads, by the kind of reward.
 FITS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "aesthetic": resize_and_crop,
     "clip": resize_and_crop,
@@ -23,23 +23,23 @@ FITS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "pickscore": resize_and_crop,
 }
 TEXT_KINDS = ("clip", "dfn_clip", "hpsv2", "pickscore")
-PICKSCORE_DIVISOR = 26.0  # DiffusionNFT's: brings exp(logit_scale) * cosine, about 20, near to 1
+PICKSCORE_DIVISOR = 26.0  # as in DiffusionNFT: it brings exp(logit_scale) * cosine, about 20, close to 1
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 def require_folder(model: str) -> None:
-    """Raise InputError for a CLIP model given as a file of weights, telling how it becomes a folder."""
+    """Raise InputError for a CLIP model given as a file of weights; the message says how to convert it to a folder."""
     if Path(model).suffix.lower() in WEIGHT_FILES and not Path(model).expanduser().is_dir():
         raise InputError(
-            f"a reward's model is a CLIP folder or a hub id, got the file {model}; convert open_clip weights with: "
+            f"a reward's model must be a CLIP folder or a hub id, got the file {model}; convert open_clip weights with: "
             f"python -m stitchvm_reward.rewards.open_clip {model} OUT --tokenizer FOLDER_OR_HUB_ID"
         )
 
 
 def load_clip(model: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[CLIPModel, Path]:
-    """A frozen CLIP model and the folder it came from. Raises InputError where there is none.
+    """Load a frozen CLIP model; return it and its folder. Raises InputError if there is none.
 
-    Some published models have no safetensors, only pytorch_model.bin: that is read as tensors alone, never as code.
+    Some models are published without safetensors; their pytorch_model.bin is read as tensors only, never as code.
     """
     require_folder(model)
     folder = locate(model, ("*.safetensors", "*.txt"))
@@ -50,12 +50,15 @@ def load_clip(model: str, device: torch.device, dtype: torch.dtype = torch.float
         clip = CLIPModel.from_pretrained(folder, dtype=dtype, use_safetensors=safe, weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{model} is no CLIP model folder: {reason}") from None
+        raise InputError(f"{model} is not a CLIP model folder: {reason}") from None
     return clip.to(device).eval().requires_grad_(False), folder
 
 
 class ImageTower:
-    """The frozen vision half of a CLIP model: images to normalised embeddings, fitted as the kind of reward asks."""
+    """The frozen vision half of a CLIP model, which turns images into normalised embeddings.
+
+    The kind of reward determines how images are fitted to the tower's square input.
+    """
 
     def __init__(self, model: str, kind: str, device: torch.device, dtype: torch.dtype = torch.float32):
         self.fit = FITS[kind]
@@ -64,23 +67,23 @@ class ImageTower:
         self.side = self.clip.config.vision_config.image_size
 
     def pixels(self, images: Tensor) -> Tensor:
-        """What the tower reads of (batch, 3, h, w) images in [0, 1]: its own size and normalisation, in its dtype."""
+        """Return the tower's input for images (batch, 3, h, w) in [0, 1]: resized, normalised and in its dtype."""
         return normalise(self.fit(images.to(self.device, torch.float32), self.side)).to(self.dtype)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Normalised embeddings, (batch, width) float32, of (batch, 3, h, w) in [0, 1]; differentiable."""
+        """Return normalised embeddings (batch, width) float32 of images (batch, 3, h, w) in [0, 1]; differentiable."""
         embedded = self.clip.get_image_features(pixel_values=self.pixels(images)).pooler_output
         return F.normalize(embedded.float(), dim=-1)
 
     def states_and_embedding(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Last states (batch, 1 + patches, width) before the final norm, and normalised embeddings; float32."""
+        """Return the last states (batch, 1 + patches, width) before the final norm and normalised embeddings, float32."""
         output = self.clip.vision_model(self.pixels(images))
         embedded = self.clip.visual_projection(output.pooler_output)
         return output.last_hidden_state.float(), F.normalize(embedded.float(), dim=-1)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The folder's own tokenizer. Without its files the library would make up another and say nothing."""
+    """Load the folder's tokenizer. Raises InputError if there is none: the library would silently build another."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise InputError(f"{folder} has no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     try:
@@ -90,9 +93,9 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 class TextTower:
-    """The frozen text half of a CLIP model, and the score of an image's embedding against its text.
+    """The frozen text half of a CLIP model, which scores image embeddings against their texts.
 
-    Each prompt is embedded once and kept.
+    Each prompt is embedded once and cached.
     """
 
     def __init__(self, clip: CLIPModel, folder: Path, kind: str):
@@ -102,7 +105,7 @@ class TextTower:
 
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> Tensor:
-        """Normalised embeddings, (len(prompts), width) float32."""
+        """Return normalised embeddings (len(prompts), width) float32."""
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         if missing:
             limit = self.clip.config.text_config.max_position_embeddings
@@ -114,10 +117,10 @@ class TextTower:
         return torch.stack([self._known[prompt] for prompt in prompts])
 
     def score(self, embeddings: Tensor, prompts: list[str]) -> Tensor:
-        """(batch,) scores of normalised image embeddings (batch, width), each against its own prompt.
+        """Return scores (batch,) of normalised image embeddings (batch, width), each against its own prompt.
 
-        The cosine, in [-1, 1]; for PickScore times exp(logit_scale) / 26, as DiffusionNFT scales it (3.85 as
-        published). Raises InputError where there are not as many prompts as embeddings.
+        The score is the cosine, in [-1, 1]. For PickScore it is multiplied by exp(logit_scale) / 26 (3.85 for the
+        published weights), as in DiffusionNFT. Raises InputError unless there is one prompt per embedding.
         """
         if len(prompts) != len(embeddings):
             raise InputError(f"every image is scored against its own prompt, got {len(embeddings)} and {len(prompts)}")
@@ -125,12 +128,12 @@ class TextTower:
 
 
 class ClipReward:
-    """What a CLIP model thinks of images and their texts; see `TextTower.score`. `kind` is one of TEXT_KINDS."""
+    """Scores images against their texts; see `TextTower.score`. `kind` is one of TEXT_KINDS."""
 
     def __init__(self, model: str, kind: str, device: torch.device):
         self.tower = ImageTower(model, kind, device)
         self.texts = TextTower(self.tower.clip, self.tower.folder, kind)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """(batch,) float32 for (batch, 3, h, w) images in [0, 1] and as many prompts; differentiable in the images."""
+        """Return scores (batch,) float32 of images (batch, 3, h, w) in [0, 1] and their prompts; differentiable."""
         return self.texts.score(self.tower.embed(images), prompts)

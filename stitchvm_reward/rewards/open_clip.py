@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from stitchvm_reward.command import answer
+from stitchvm_reward.command import run_command
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.files import staged
 from stitchvm_reward.hub import locate
@@ -263,7 +263,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    return answer(lambda: run(parse()))
+    return run_command(lambda: run(parse()))
 
 
 if __name__ == "__main__":

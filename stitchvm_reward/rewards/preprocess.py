@@ -1,6 +1,6 @@
-"""Differentiable image preprocessing on tensors, within about a level of 255 of what PIL does to pictures.
+"""Differentiable image preprocessing on tensors, within about 1/255 of what PIL computes.
 
-All of it stays on the images' device. Images are (batch, 3, h, w) float32 in [0, 1] and stay so until `normalise`.
+Images are (batch, 3, h, w) float32 in [0, 1] on any device, in this range until `normalise`.
 """
 
 import torch
@@ -12,12 +12,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bicubic resize of (batch, 3, h, w) in [0, 1], one axis at a time as PIL does.
+    """Resize images (batch, 3, h, w) in [0, 1] by antialiased bicubic interpolation, one axis at a time as in PIL.
 
-    Each pass is clamped to [0, 1]: one joint pass differs from PIL by up to 14/255 at edges, two by about 1. Width
-    comes first, as in every Pillow that the rewards were trained and published with. Pillow 13 takes the height first
-    where it finds that faster, which for some tall pictures that are squashed changes what is cut off at hard edges,
-    by up to 5/255.
+    Each pass is clamped to [0, 1]: at edges, a single joint pass differs from PIL by up to 14/255, two passes by about
+    1/255. The width is resized first, as in every Pillow version that the rewards were trained and published with.
+    Pillow 13 resizes the height first where that is faster, which changes hard edges of some tall, squashed images by
+    up to 5/255.
     """
     for size in ((images.shape[-2], width), (height, width)):
         if images.shape[-2:] != size:
@@ -26,7 +26,7 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_and_crop(images: Tensor, side: int) -> Tensor:
-    """Resize the shorter side to `side`, then cut the centre square, as transformers' CLIPImageProcessor does."""
+    """Resize the shorter side to `side`, then crop the centre square, as transformers' CLIPImageProcessor does."""
     height, width = images.shape[-2:]
     shorter = min(height, width)
     images = resize(images, height * side // shorter, width * side // shorter)
@@ -35,16 +35,16 @@ def resize_and_crop(images: Tensor, side: int) -> Tensor:
 
 
 def squash(images: Tensor, side: int) -> Tensor:
-    """Resize to (side, side) whatever the proportions were: what DFN-CLIP was trained on."""
+    """Resize to (side, side), whatever the aspect ratio: the input that DFN-CLIP was trained on."""
     return resize(images, side, side)
 
 
 def pad_to_square(images: Tensor, side: int) -> Tensor:
-    """Resize the longer side to `side` and centre the picture on black, as HPSv2's own code does.
+    """Resize the longer side to `side` and centre the image on black, as HPSv2's own code does.
 
-    Lengths are rounded, halves to even; of an odd rest the right and the bottom get the larger part. Black is 0
-    before `normalise`. HPSv2's code leaves out the padding where the longer side has the right length already, and
-    then fails on what is not square: here it is always there.
+    Lengths are rounded, halves to even. If the margins cannot be equal, the right and bottom ones are larger. Black is
+    0 before `normalise`. HPSv2's code omits the padding if the longer side already has the right length and then fails
+    for images that are not square; here, images are always padded.
     """
     height, width = images.shape[-2:]
     scale = side / max(height, width)
@@ -54,6 +54,6 @@ def pad_to_square(images: Tensor, side: int) -> Tensor:
 
 
 def normalise(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> Tensor:
-    """Subtract the channel means and divide by the deviations."""
+    """Subtract the channel means and divide by the standard deviations."""
     means = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
     return (images - means) / torch.tensor(std, device=images.device).view(1, 3, 1, 1)

@@ -1,4 +1,4 @@
-"""CLIP vision towers cut at a block: what their first part gives, and what their last part makes of it."""
+"""CLIP vision towers cut at a block: the states of the first part, and the last part as a trainable network."""
 
 import copy
 
@@ -15,19 +15,19 @@ def _positions(vision) -> Tensor:
 
 
 def vision_states(clip: CLIPModel, pixels: Tensor, last: int) -> list[Tensor]:
-    """What blocks 1.. of the vision tower are given, and what the last of them returns, for `pixels` it can read.
+    """Return the inputs of the vision tower's blocks 1 to `last` and the output of block `last`, for preprocessed pixels.
 
-    Item 0 is the patch embedding alone, (batch, patches, width): what a cut at block 1 is stitched to. Item k > 0
-    is the state after block k, (batch, 1 + patches, width), up to block `last`.
+    Item 0 is the patch embedding alone, (batch, patches, width), which a cut at block 1 is stitched to. Item k > 0 is
+    the state after block k, (batch, 1 + patches, width).
     """
     vision = clip.vision_model
     patches = vision.embeddings.patch_embedding(pixels.to(clip.dtype)).flatten(2).transpose(1, 2)
-    states, found = with_class(patches, vision.embeddings.class_embedding, _positions(vision)), [patches]
+    states, collected = with_class(patches, vision.embeddings.class_embedding, _positions(vision)), [patches]
     states = vision.pre_layrnorm(states)
     for layer in vision.encoder.layers[:last]:
         states = layer(states, None)
-        found.append(states)
-    return found
+        collected.append(states)
+    return collected
 
 
 def with_class(patches: Tensor, class_embedding: Tensor, positions: Tensor) -> Tensor:
@@ -37,17 +37,17 @@ def with_class(patches: Tensor, class_embedding: Tensor, positions: Tensor) -> T
 
 
 class RewardTail(nn.Module):
-    """Blocks j.. of a CLIP vision tower with its last norm and projection: its own copy, which may be trained.
+    """A trainable copy of a CLIP vision tower from block j on, with its last norm and projection.
 
-    For j = 1 the class token, position embeddings and first norm are the tower's. For j > 1 these lie before the
-    cut: the class token's state and the mean state at each position, as found on a probe set, stand for them.
+    For j = 1, the class token, position embeddings and first norm are the tower's. For j > 1, these lie before the
+    cut, and the class token's mean state and the mean offset at each position, measured on a probe set, replace them.
     """
 
     def __init__(self, clip: CLIPModel, first: int):
         super().__init__()
         vision, depth = clip.vision_model, clip.config.vision_config.num_hidden_layers
         if not 1 <= first <= depth:
-            raise InputError(f"the reward model has {depth} blocks; it can be cut at 1 to {depth}, got {first}")
+            raise InputError(f"the reward model has {depth} blocks and can be cut at 1 to {depth}, got {first}")
         self.first = first
         self.side = vision.embeddings.image_size // vision.embeddings.patch_size
         self.width: int = clip.config.vision_config.hidden_size
@@ -60,14 +60,14 @@ class RewardTail(nn.Module):
 
     @torch.no_grad()
     def set_start(self, class_state: Tensor, offsets: Tensor) -> None:
-        """For j > 1: the class token's mean state (width,) and each position's mean offset (patches, width)."""
+        """For j > 1, set the class token's mean state (width,) and each position's mean offset (patches, width)."""
         self.class_embedding.copy_(class_state)
         self.positions.copy_(torch.cat([torch.zeros_like(offsets[:1]), offsets]))
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Last states (batch, 1 + patches, width) and normalised embeddings (batch, projection), float32.
+        """Return the last states (batch, 1 + patches, width) and normalised embeddings (batch, projection), float32.
 
-        `patches` is (batch, width, side, side), on the tower's own patch grid.
+        `patches` (batch, width, side, side) lie on the tower's patch grid.
         """
         patches = patches.flatten(2).transpose(1, 2).to(self.positions.dtype)
         states = self.norm(with_class(patches, self.class_embedding, self.positions))
@@ -76,5 +76,5 @@ class RewardTail(nn.Module):
         return states.float(), self.embed(states)
 
     def embed(self, states: Tensor) -> Tensor:
-        """Normalised embeddings of last states."""
+        """Return the normalised embeddings of last states."""
         return F.normalize(self.projection(self.post_norm(states[:, 0])).float(), dim=-1)

@@ -57,7 +57,7 @@ def _deepspeed_on_cpu(group: InitProcessGroupKwargs) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def leave(accelerator: Accelerator) -> None:
+def shutdown(accelerator: Accelerator) -> None:
     """Take leave of the other processes at the end of a run, once nothing else refers to its network."""
     # A reducer that outlives the process group would be what frees it, and that may wait for ever for a thread.
     accelerator.free_memory()

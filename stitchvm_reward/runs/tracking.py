@@ -1,24 +1,25 @@
-"""What a run leaves behind to look at: metrics.jsonl, TensorBoard events, picture grids, curves."""
+"""What a run records while it trains: the time of its phases, and its metrics wherever the recipe sends them."""
 
+import importlib.util
 import json
-import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from stitchvm_reward.files import staged
+from stitchvm_reward.errors import InputError, nearest
+
+TRACKERS = ("jsonl", "tensorboard", "wandb", "trackio")
+DEFAULT_TRACKERS = ("jsonl", "tensorboard")
 
 
 class Timings:
-    """Seconds spent per phase since the last `take`, and which phase was entered last, `current`.
+    """Seconds spent per phase since the last `take`; `current` is the phase that was entered last.
 
-    The seconds of a phase inside another one are its own alone.
+    A phase inside another one is not counted twice.
     """
 
     def __init__(self):
@@ -26,21 +27,21 @@ class Timings:
         self.current, self.moved, self._inner = "start", time.monotonic(), 0.0
 
     def move(self) -> None:
-        """Note that the work goes on."""
+        """Record that the work advances."""
         self.moved = time.monotonic()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase; what a phase inside it takes is not counted twice."""
+        """Time a phase, without the phases inside it."""
         self.current = name
         with self._timed(name):
             yield
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
-        """Time what a process waits for others, in whatever phase, as the phase `meet`."""
+        """Time what a process waits for other processes, in any phase, as the phase `meet`."""
         phase = self.current
-        self.current = f"{phase}, where it meets the others"
+        self.current = f"{phase}, waiting for other processes"
         with self._timed("meet"):
             yield
         self.current = phase
@@ -53,17 +54,18 @@ class Timings:
             yield
         finally:
             self.move()
-            whole = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + whole - self._inner
-            self._inner = outer + whole
+            total = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + total - self._inner
+            self._inner = outer + total
 
     def take(self) -> dict[str, float]:
+        """Return the seconds per phase as metrics, and start again from zero."""
         taken, self.seconds = self.seconds, {}
         return {f"seconds/{name}": value for name, value in taken.items()}
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+    """Return the rows of a run's metrics.jsonl, without a last line that a crash cut short."""
     path = folder / "metrics.jsonl"
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -74,104 +76,72 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
+def check_trackers(kinds: Iterable[str]) -> None:
+    """Raise InputError for a tracker that does not exist or is not installed."""
+    for kind in kinds:
+        if kind not in TRACKERS:
+            raise InputError(f"unknown tracker {kind!r}: {nearest(kind, list(TRACKERS))}")
+        # A folder of that name in the working directory has a specification too, but no origin.
+        if kind != "jsonl" and getattr(importlib.util.find_spec(kind), "origin", None) is None:
+            raise InputError(f"tracker {kind} is not installed: pip install {kind}, or remove it from trackers")
+
+
 class Tracker:
-    """Writes one row of metrics per epoch, on the main process; of an earlier start, those before `first` are kept."""
+    """Writes one row of metrics per epoch, on the main process, to every tracker of `kinds` and to metrics.jsonl.
 
-    def __init__(self, folder: Path, first: int):
-        self.folder = folder
-        kept = [row for row in read_metrics(folder) if row["epoch"] < first]
-        with staged(folder / "metrics.jsonl") as file:
-            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
+    Of an earlier start, the rows before epoch `first` are kept. `config` is the recipe, which wandb and trackio show.
+    """
 
-    def log(self, epoch: int, step: int, metrics: dict[str, float], optimality: Tensor | None = None) -> None:
-        """Add the row of an epoch."""
-        row = {"epoch": epoch, "step": step} | metrics
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, epoch)
-        if optimality is not None:
-            self.writer.add_histogram("optimality", optimality, epoch)
-        self.writer.flush()
+    def __init__(
+        self,
+        folder: Path,
+        first: int,
+        kinds: Iterable[str] = DEFAULT_TRACKERS,
+        config: dict[str, Any] | None = None,
+    ):
+        kinds = dict.fromkeys(("jsonl", *kinds))
+        check_trackers(kinds)
+        self.writers = [_open(kind, folder, first, config) for kind in kinds]
+
+    def log(
+        self, epoch: int, step: int, metrics: dict[str, float], histograms: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write the row of an epoch, and distributions by name."""
+        for writer in self.writers:
+            writer.scalars(epoch, step, metrics)
+            for name, values in (histograms or {}).items():
+                writer.histogram(epoch, name, values)
 
     def images(self, epoch: int, images: Tensor) -> None:
-        """Show (count, 3, h, w) images in bytes, always of the same noise, side by side over epochs."""
-        self.writer.add_images("held_out", images, epoch)
+        """Show held-out images (count, 3, h, w), always of the same noise, so that epochs can be compared."""
+        for writer in self.writers:
+            writer.images(epoch, "held_out", images)
 
     def figure(self, name: str, path: Path) -> None:
         """Show a PNG file."""
-        self.writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), dataformats="HWC")
+        for writer in self.writers:
+            writer.figure(name, path)
 
     def close(self) -> None:
-        self.writer.close()
+        """Write what is buffered."""
+        for writer in self.writers:
+            writer.close()
 
 
-def _picture(image: Tensor, side: int) -> Image.Image:
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    # Small pictures are enlarged as they are; a large one that is shrunk so would be full of steps.
-    kind = Image.Resampling.NEAREST if image.shape[-1] <= side else Image.Resampling.LANCZOS
-    return Image.fromarray(pixels).resize((side, side), kind)
+def _open(kind: str, folder: Path, first: int, config: dict[str, Any] | None) -> Any:
+    # Imported here: a tracker that is not used need not be installed.
+    if kind == "jsonl":
+        from stitchvm_reward.runs.trackers.jsonl import JsonLines
 
+        return JsonLines(folder, [row for row in read_metrics(folder) if row["epoch"] < first])
+    if kind == "tensorboard":
+        from stitchvm_reward.runs.trackers.tensorboard import TensorBoard
 
-def _shortened(prompt: str, width: int, lines: int = 2) -> str:
-    """A prompt broken into lines of `width` pixels, its end left out where they do not hold it."""
-    return "\n".join(textwrap.wrap(prompt, max(8, width // 6), max_lines=lines, placeholder=" …"))
+        return TensorBoard(folder, first)
+    if kind == "wandb":
+        from stitchvm_reward.runs.trackers.wandb import WeightsAndBiases
 
+        return WeightsAndBiases(folder, first, config)
+    from stitchvm_reward.runs.trackers.trackio import Trackio
 
-def picture_grid(columns: dict[str, Tensor], prompts: list[str], path: Path, across: int = 1) -> None:
-    """Save images (count, 3, h, w) in [0, 1] as PNG: per prompt one of each named column, side by side above it.
-
-    `across` prompts stand in a row, under a header with the columns' names.
-    """
-    own = next(iter(columns.values())).shape[-1]
-    side = max(96, own // (1 if own < 256 else 2))
-    across, margin, header, caption = min(across, len(prompts)), 6, 20, 32
-    width, height = len(columns) * (side + margin) - margin, side + caption
-    rows = -(-len(prompts) // across)
-    sheet = Image.new("RGB", (across * (width + 2 * margin), rows * (height + margin) + header), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, prompt in enumerate(prompts):
-        left = (index % across) * (width + 2 * margin) + margin
-        top = (index // across) * (height + margin) + header
-        for place, (name, images) in enumerate(columns.items()):
-            start = left + place * (side + margin)
-            sheet.paste(_picture(images[index], side), (start, top))
-            if index < across:
-                draw.text((start, 4), name, fill="black")
-        draw.multiline_text((left, top + side + 3), _shortened(prompt, width), fill="black", spacing=2)
-    sheet.save(path, optimize=True)
-
-
-def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path) -> None:
-    """Save pairs of images (count, 3, h, w) in [0, 1] with their prompts, base left and tuned right, as PNG."""
-    picture_grid({"before": before, "after": after}, prompts, path, across=4)
-
-
-def curves(folder: Path) -> None:
-    """Draw every held-out measure, the training reward and old_deviation over epochs as curves.png."""
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(folder)
-    names = [
-        name
-        for row in rows
-        for name in row
-        if name.startswith(("held_out/", "reward/total", "train/old_dev", "train/loss", "cosine/", "spearman/"))
-    ]
-    names = [name for name in dict.fromkeys(names) if not name.endswith(("_std", "/total_std"))]
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3 * lines))
-    # A layout that is computed would draw everything twice.
-    figure.subplots_adjust(
-        0.6 / (4.2 * columns), 0.5 / (3 * lines), 1 - 0.1 / columns, 1 - 0.3 / (3 * lines), 0.3, 0.45
-    )
-    for index, name in enumerate(names):
-        axes = figure.add_subplot(lines, columns, index + 1)
-        known = [row for row in rows if name in row]
-        axes.plot([row["epoch"] for row in known], [row[name] for row in known], marker="." if len(known) < 40 else "")
-        axes.set_title(name)
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-    figure.savefig(folder / "curves.png", dpi=110)
+    return Trackio(folder, first, config)

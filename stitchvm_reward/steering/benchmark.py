@@ -1,50 +1,30 @@
-"""What steering costs at a model's real shapes with random weights: by Tweedie's value and by a stitched one."""
+"""The cost of a steered step at real shapes with random weights: by Tweedie's value and by a stitched value."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import CLIPModel
 
-from stitchvm_reward.diffusion.architectures import configurations
 from stitchvm_reward.diffusion.backbone import BackboneHead
-from stitchvm_reward.diffusion.generator import Conditions
+from stitchvm_reward.families import architecture_of
+from stitchvm_reward.measure import FusedAttention, flops, peak_mib, timed
+from stitchvm_reward.random_models import pixel_embedding, random_clip, random_conditions, random_generator
 from stitchvm_reward.rewards.aesthetic import AestheticHead
 from stitchvm_reward.rewards.tail import RewardTail
 from stitchvm_reward.steering.denoiser import Denoiser, Known
 from stitchvm_reward.steering.sampling import make_denoiser
 from stitchvm_reward.steering.settings import Settings
 from stitchvm_reward.steering.values import StitchedValue, TweedieValue, Value
-from stitchvm_reward.stitching.benchmark import (
-    BLOCK,
-    REWARD_BLOCK,
-    flops,
-    peak_mib,
-    pixel_embedding,
-    random_clip,
-    random_generator,
-    timed,
-)
+from stitchvm_reward.stitching.benchmark import BLOCK, REWARD_BLOCK
 from stitchvm_reward.stitching.config import StitchRecipe
-from stitchvm_reward.stitching.value_model import StitchedValueModel, ValueNetwork
+from stitchvm_reward.stitching.value_model import StitchedValueModel, ValueNetwork, check_block
 
 STEPS, STEP = 40, 20  # a step in the middle of a schedule
 
 
-class _FusedAttention(TorchFunctionMode):
-    """On the meta device, the fused attention that devices run: left to itself it would hold every score of it."""
-
-    def __torch_function__(self, function, types, arguments=(), named=None):
-        if function is F.scaled_dot_product_attention:
-            scale = (named or {}).get("scale")
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments[:3], scale=scale)[0]
-        return function(*arguments, **(named or {}))
-
-
 class _Judge:
-    """A reward of images: a CLIP model's tower and an aesthetic head, of any kind that a recipe names."""
+    """A reward of images: a CLIP image tower and an aesthetic head, whatever kind of reward the recipe names."""
 
     def __init__(self, clip: CLIPModel, kind: str, device: torch.device):
         self.clip, self.kind = clip, kind
@@ -55,40 +35,37 @@ class _Judge:
 
 
 def _subjects(recipe: StitchRecipe, guidance: float, device: torch.device) -> tuple[Denoiser, Value, Value]:
-    """A denoiser of one prompt, and Tweedie's and the stitched value of one reward on it."""
-    block, cut, backbone = recipe.backbone.block or BLOCK, recipe.reward.block or REWARD_BLOCK, recipe.backbone
-    clip, clip_tokens = random_clip(recipe.reward.model, device), configurations(backbone.path)[2]
-    generator = random_generator(backbone.path, backbone.dtype, "float32", backbone.resolution, device)
-    head, judge = BackboneHead(generator.transformer), _Judge(clip, recipe.reward.kind, device)
-    network = ValueNetwork(head.width(block), RewardTail(clip, cut)).to(device).eval().requires_grad_(False)
-    config, tokens = generator.transformer.config, clip_tokens + backbone.t5_length
-    text = Conditions(
-        torch.randn(1, tokens, config.joint_attention_dim).to(device, generator.dtype),
-        torch.randn(1, config.pooled_projection_dim).to(device, generator.dtype),
-    )
-    about = {
-        "backbone": {"block": block, "conditioning": "null"},
-        "latent_shape": generator.latent_shape,
-    }
-    model = StitchedValueModel(head, network, judge.head, text, about)
+    """Return a denoiser of one prompt, and Tweedie's and the stitched value of one reward."""
+    block, cut = recipe.backbone.block or BLOCK, recipe.reward.block or REWARD_BLOCK
+    check_block(architecture_of(recipe.model.path), block)
+    clip = random_clip(recipe.reward.model, device)
+    generator = random_generator(recipe.model, device)
+    head, judge = BackboneHead.of(generator), _Judge(clip, recipe.reward.kind, device)
+    width = head.width(block, generator.latent_shape[0])
+    network = ValueNetwork(width, RewardTail(clip, cut)).to(device).eval().requires_grad_(False)
+    text = random_conditions(recipe.model, 1, device)
+    config = {"backbone": {"block": block, "conditioning": "null"}, "latent_shape": generator.latent_shape}
+    model = StitchedValueModel(head, network, judge.head, text, config)
     stitched = StitchedValue({"value": model}, {"value": 1.0})
     settings = Settings(steps=STEPS, guidance=guidance)
-    denoiser = make_denoiser(generator, [""], text, text, stitched, settings)
+    denoiser = make_denoiser(generator, [""], text, text, value=stitched, settings=settings)
     return denoiser, TweedieValue({"value": judge}, {"value": 1.0}), stitched
 
 
 def guided_step_costs(
     recipe: StitchRecipe, guidance: float, repeats: int, device: torch.device, shapes_only: bool = False
 ) -> list[dict[str, Any]]:
-    """One row a method for one latent: a plain step, a step guided by the gradient of Tweedie's value and of a stitched
-    one (DPS), and what Feynman-Kac steering adds to a step for one value of either kind.
+    """Return one row per method for a step of one latent.
 
-    Milliseconds (the median), GFLOP, and the peak MiB beside the weights; with `shapes_only` nothing is computed and
-    there are no milliseconds. `recipe` names shapes and blocks; no weights are read. Raises InputError for a model
-    whose shape is not known here.
+    The methods are a plain step, a step guided by the gradient of Tweedie's value and of a stitched value (DPS), and a
+    step together with one value of either kind, as Feynman-Kac steering needs it.
+
+    A row holds the median milliseconds, the GFLOP, and the peak MiB in addition to the weights. With `shapes_only`,
+    nothing is computed and there are no milliseconds. `recipe` names shapes and blocks; only configurations are read.
+    Raises InputError for a model whose shapes are not known.
     """
     if shapes_only:
-        with _FusedAttention():
+        with FusedAttention():
             return _costs(recipe, guidance, 0, torch.device("meta"))
     return _costs(recipe, guidance, repeats, device)
 
@@ -106,7 +83,7 @@ def _costs(recipe: StitchRecipe, guidance: float, repeats: int, device: torch.de
         return denoiser.velocity(latents, sigma, known) - slope
 
     def valued(value: Value) -> Tensor:
-        """A value and the step that goes on from what it makes known."""
+        """Compute a value, and the step from what is then known."""
         _, known = value.measure(denoiser, latents, STEP)
         return denoiser.velocity(latents, sigma, known)
 
@@ -120,6 +97,6 @@ def _costs(recipe: StitchRecipe, guidance: float, repeats: int, device: torch.de
     weights = sum(p.numel() * p.element_size() for p in denoiser.generator.transformer.parameters()) / 2**20
     rows = []
     for name, call in calls.items():
-        found = timed(call, 1, device, repeats) if repeats else {"milliseconds": None, "gigaflop": flops(call) / 1e9}
-        rows.append({"method": name} | found | {"peak_mib": peak_mib(call, device), "weights_mib": weights})
+        cost = timed(call, 1, device, repeats) if repeats else {"milliseconds": None, "gigaflop": flops(call) / 1e9}
+        rows.append({"method": name} | cost | {"peak_mib": peak_mib(call, device), "weights_mib": weights})
     return rows

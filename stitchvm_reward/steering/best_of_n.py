@@ -1,4 +1,4 @@
-"""Best of N: several samples a prompt, of which the best stays."""
+"""Best of N: sample several times per prompt and keep the best."""
 
 import torch
 
@@ -9,8 +9,10 @@ from stitchvm_reward.steering.values import Value
 
 
 def best_of_n(denoiser: Denoiser, value: Value, settings: BestOfN, progress=iter) -> Steered:
-    """Sample settings.particles a prompt and value them at the end; with prune_at, only the best after so many steps
-    are taken there. `progress` wraps the steps."""
+    """Sample settings.particles per prompt and value them at the end.
+
+    With prune_at, only the best sample after that many steps is finished. `progress` wraps the steps.
+    """
     latents, known, trace = denoiser.start(settings.particles), Known(), []
     prompts = len(denoiser.prompts)
     for step in progress(range(denoiser.steps)):

@@ -1,4 +1,4 @@
-"""The generator under guidance that moves particles, and what is known of a forward pass before it is run."""
+"""The guided generator that moves particles, and the parts of its next forward pass that are already computed."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -7,47 +7,50 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stitchvm_reward.diffusion.backbone import HalfPass, join_passes
-from stitchvm_reward.diffusion.generator import Conditions, Generator
+from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.diffusion.path import denoised
-from stitchvm_reward.diffusion.solvers import sde_step, sigma_schedule
+from stitchvm_reward.diffusion.solvers import sde_step
+from stitchvm_reward.families.family import Conditions, PartialForward, join_passes
 from stitchvm_reward.runs import randomness
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a value has already computed of some latents' next forward pass: their guided `velocity`, or the first
-    blocks of a branch of it, under the prompt or under null text."""
+    """What a value has already computed of the next forward pass of some latents.
+
+    This is their guided `velocity`, or the first blocks of a branch of the pass: "prompt", or "null" for the empty
+    prompt.
+    """
 
     velocity: Tensor | None = None
-    passes: dict[str, HalfPass] = field(default_factory=dict)
+    passes: dict[str, PartialForward] = field(default_factory=dict)
 
     def select(self, rows: Tensor | slice) -> "Known":
-        """What is known of some of the latents, repeated as often as they are named."""
+        """Return what is known of some of the latents, which may be repeated."""
         velocity = None if self.velocity is None else self.velocity[rows]
-        return Known(velocity, {branch: stands.select(rows) for branch, stands in self.passes.items()})
+        return Known(velocity, {branch: partial.select(rows) for branch, partial in self.passes.items()})
 
     def detach(self) -> "Known":
-        """The same without gradient."""
+        """Return the same without gradient."""
         velocity = None if self.velocity is None else self.velocity.detach()
-        return Known(velocity, {branch: stands.detach() for branch, stands in self.passes.items()})
+        return Known(velocity, {branch: partial.detach() for branch, partial in self.passes.items()})
 
 
 def join(parts: list[Known]) -> Known:
-    """What is known of several batches of latents, of all of them."""
+    """Return what is known of several batches of latents as one."""
     velocities = [part.velocity for part in parts if part.velocity is not None]
     passes = {branch: join_passes([part.passes[branch] for part in parts]) for branch in parts[0].passes}
     return Known(torch.cat(velocities) if velocities else None, passes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Denoiser:
-    """A generator under some prompts, and the chain of levels that it takes particles down.
+    """A generator with some prompts, and the chain of levels along which it moves particles.
 
-    `prompts` have the `conditions` (one row each) and the `numbers` that address their noise. Latents of several
-    particles lie prompt by prompt: of (prompts * particles, c, h, w), row n belongs to prompt n // particles.
-    `negative` (one row) is what the unguided branch reads; `null_text` tells whether it is what the value models'
-    backbone reads too.
+    `prompts` have `conditions` (one row each) and `numbers` that address their noise. The latents of several
+    particles are ordered by prompt: row n of (prompts * particles, c, h, w) belongs to prompt n // particles.
+    `negative` (one row) is what the unguided branch reads; it is None where there is no such branch. `null_text` is
+    true if `negative` is also what the value models' backbone reads.
     """
 
     generator: Generator
@@ -64,12 +67,12 @@ class Denoiser:
 
     @cached_property
     def sigmas(self) -> list[float]:
-        """The levels, steps + 1 of them from 1 to 0."""
-        return sigma_schedule(self.steps, self.generator.shift)
+        """The levels, steps + 1 of them, from 1 to 0."""
+        return self.generator.sigmas(self.steps)
 
     def part(self, places: range) -> "Denoiser":
-        """The denoiser of some of the prompts."""
-        rows = torch.tensor(list(places), device=self.conditions.pooled.device)
+        """Return the denoiser of some of the prompts."""
+        rows = torch.tensor(list(places), device=self.conditions.device)
         return replace(
             self,
             prompts=[self.prompts[place] for place in places],
@@ -78,28 +81,33 @@ class Denoiser:
         )
 
     def batches(self, count: int) -> Iterator[tuple[range, slice]]:
-        """The rows of (count, ...) latents in micro batches."""
+        """Yield the rows of (count, ...) latents in micro batches, as a range and as a slice."""
         for start in range(0, count, self.micro_batch):
             stop = min(start + self.micro_batch, count)
             yield range(start, stop), slice(start, stop)
 
     def texts(self, rows: range, count: int) -> list[str]:
-        """The prompts of some rows of `count` latents."""
+        """Return the prompts of some rows of `count` latents."""
         return [self.prompts[row // (count // len(self.prompts))] for row in rows]
 
     def conditions_of(self, rows: range, count: int) -> Conditions:
-        """What the network reads for some rows of `count` latents."""
-        # Made on the device: nothing is copied to it within the steps.
+        """Return the conditions of some rows of `count` latents."""
+        # Created on the device, so that no step waits for a copy.
         places = torch.arange(rows.start, rows.stop, device=self.generator.device)
         return self.conditions.select(places // (count // len(self.prompts)))
 
-    def usable(self, passes: dict[str, HalfPass]) -> dict[str, HalfPass]:
-        """Those of a value's passes that are this network's own beginnings, by branch."""
-        own = {branch: stands for branch, stands in passes.items() if stands.network is self.generator.transformer}
-        return {branch: stands for branch, stands in own.items() if branch == "prompt" or self.null_text}
+    def usable(self, passes: dict[str, PartialForward]) -> dict[str, PartialForward]:
+        """Return those of a value's passes, by branch, that begin this generator's own next pass."""
+        return {
+            branch: partial
+            for branch, partial in passes.items()
+            if partial.network is self.generator.transformer
+            and partial.guidance == self.generator.guidance
+            and (branch == "prompt" or self.null_text)
+        }
 
     def velocity(self, latents: Tensor, sigma: float, known: Known) -> Tensor:
-        """Guided velocity (count, c, h, w) float32, of latents at one level."""
+        """Return the guided velocity (count, c, h, w) float32 of latents at one level."""
         if known.velocity is not None:
             return known.velocity
         count = len(latents)
@@ -111,12 +119,12 @@ class Denoiser:
         return torch.cat(parts)
 
     def guided(self, latents: Tensor, sigma: float, rows: range, count: int, known: Known) -> Tensor:
-        """Guided velocity, float32, of `latents`, the `rows` of `count`; with gradient where gradients are on."""
-        told = self._branch("prompt", latents, sigma, self.conditions_of(rows, count), known)
+        """Return the guided velocity, float32, of `latents`, which are the `rows` of `count`; differentiable."""
+        prompted = self._branch("prompt", latents, sigma, self.conditions_of(rows, count), known)
         if self.negative is None:
-            return told
-        free = self._branch("null", latents, sigma, self.negative.expand(len(latents)), known)
-        return free + self.guidance * (told - free)
+            return prompted
+        unprompted = self._branch("null", latents, sigma, self.negative.expand(len(latents)), known)
+        return unprompted + self.guidance * (prompted - unprompted)
 
     def _branch(self, name: str, latents: Tensor, sigma: float, conditions: Conditions, known: Known) -> Tensor:
         if name in known.passes:
@@ -125,14 +133,13 @@ class Denoiser:
         return self.generator.velocity(latents, level, conditions).float()
 
     def start(self, particles: int) -> Tensor:
-        """Noise at the first level, each particle's own."""
+        """Return the noise at the first level; each particle has its own."""
         return self._noise(0, particles, 1)
 
     def advance(self, latents: Tensor, velocity: Tensor, step: int, proposals: int = 1) -> Tensor:
-        """Draw the next level's latents: (count * proposals, c, h, w), the proposals of one latent side by side.
+        """Draw the latents of the next level, (count * proposals, c, h, w); proposals of one latent are adjacent.
 
-        The noise belongs to the prompt, the particle and the step; the first proposal's is the same however many
-        there are.
+        Prompt, particle and step address the noise; that of the first proposal does not depend on their number.
         """
         sigma, following = self.sigmas[step], self.sigmas[step + 1]
         clean = denoised(latents, velocity, torch.tensor(sigma))

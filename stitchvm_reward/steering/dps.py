@@ -10,7 +10,7 @@ from stitchvm_reward.steering.values import Value
 
 
 def strength_at(settings: Guidance, step: int, sigmas: list[float]) -> float:
-    """c_t of a step; see `Guidance`."""
+    """Return c_t of a step; see `Guidance`."""
     window = settings.window or [0, len(sigmas)]
     if not window[0] <= step <= window[1]:
         return 0.0
@@ -22,11 +22,12 @@ def strength_at(settings: Guidance, step: int, sigmas: list[float]) -> float:
 
 
 def dps(denoiser: Denoiser, value: Value, settings: Guidance, progress=iter) -> Steered:
-    """Sample with velocity u - c_t grad V(z_t): t falls, so this climbs V (Stitched Value Model, 2605.19804, C.2).
+    """Sample with velocity u - c_t grad V(z_t); as t decreases, this ascends V (Stitched Value Model, 2605.19804, C.2).
 
-    With Tweedie's value the gradient goes through the generator, the decoder and the reward (DPS, arXiv 2209.14687);
-    with a stitched one through the value model alone, whose blocks begin the velocity's own pass where they are the
-    same. `progress` wraps the steps. Raises InputError where the latents did not stay finite.
+    With Tweedie's value, the gradient passes through the generator, the decoder and the reward (DPS, arXiv
+    2209.14687). With a stitched value, it passes through the value model alone, and the value model's blocks begin the
+    velocity's pass if they are the generator's own. `progress` wraps the steps. Raises InputError if the latents do
+    not stay finite.
     """
     latents, trace, sigmas = denoiser.start(1), [], denoiser.sigmas
     finite = []
@@ -44,7 +45,7 @@ def dps(denoiser: Denoiser, value: Value, settings: Guidance, progress=iter) -> 
     if not whole.all():
         first = int((~whole).int().argmax()) + 1
         raise InputError(
-            f"the latents must stay finite, they did until step {first} of {denoiser.steps}: "
+            f"the latents are not finite after step {first} of {denoiser.steps}: "
             f"lower dps.strength, which is {settings.strength:g}"
         )
     values = value.measure(denoiser, latents, denoiser.steps)[0].view(-1, 1).cpu()

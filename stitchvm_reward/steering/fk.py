@@ -1,4 +1,4 @@
-"""Feynman-Kac steering: particles on the generator's own chain, resampled by what they are worth on the way."""
+"""Feynman-Kac steering: particles on the generator's own chain, resampled by their values on the way."""
 
 import torch
 from torch import Tensor
@@ -12,28 +12,28 @@ from stitchvm_reward.steering.values import Value
 
 
 def normalised(log_weights: Tensor) -> Tensor:
-    """Weights (prompts, particles) float64 that sum to 1, of log weights however large."""
+    """Return weights (prompts, particles) float64 that sum to 1, for log weights of any size."""
     return torch.softmax(log_weights.double(), 1)
 
 
 def effective_size(weights: Tensor) -> Tensor:
-    """Effective sample size (prompts,), from 1 to the number of particles, of normalised weights."""
+    """Return the effective sample size (prompts,) of normalised weights, from 1 to the number of particles."""
     return 1 / weights.square().sum(1)
 
 
 def resample(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Ancestors (prompts, particles), rising, of normalised weights (prompts, particles) float64.
+    """Return ancestors (prompts, particles), in ascending order, for normalised weights (prompts, particles) float64.
 
-    `uniforms` in [0, 1) are (prompts, 1) for systematic resampling, which draws particle n N w_n times rounded down or
-    up, so each once where all weights are equal; or (prompts, particles) for multinomial resampling. Both draw it N w_n
-    times on average.
+    `uniforms` in [0, 1) are (prompts, 1) for systematic resampling and (prompts, particles) for multinomial resampling.
+    Both draw particle n on average N w_n times. Systematic resampling draws it N w_n times rounded down or up, so each
+    particle once if all weights are equal.
     """
     count = weights.shape[1]
     if uniforms.shape[1] == 1:
         points = (torch.arange(count, dtype=torch.float64) + uniforms) / count
     else:
         points = uniforms.sort(1).values
-    # The last edge may be a rounding short of 1.
+    # Rounding may leave the last edge below 1.
     return torch.searchsorted(weights.cumsum(1), points, right=True).clamp_max(count - 1)
 
 
@@ -52,13 +52,13 @@ def _uniforms(denoiser: Denoiser, step: int, count: int) -> Tensor:
 def fk(denoiser: Denoiser, value: Value, settings: FeynmanKac, progress=iter) -> Steered:
     """Feynman-Kac steering (arXiv 2501.06848; Stitched Value Model, arXiv 2605.19804, C.2), prompts side by side.
 
-    Particles take the chain's own transitions. At settings.resampled() they are resampled with weights
-    exp(lambda (V(new) - V(old))), V(old) their ancestors' value at the resampling before (0 at the first), so that the
-    product of all weights, with the last ones at the end, is exp(lambda V(end)): the weighted particles are samples of
-    the generator's density times that. With several proposals each particle keeps its best one in some steps,
-    which trades that exactness for reward. `progress` wraps the steps.
+    Particles make the chain's own transitions. At settings.resampled(), they are resampled with weights
+    exp(lambda (V(new) - V(old))), where V(old) is their ancestors' value at the previous resampling (0 at the first).
+    The product of all weights, including the final ones, is therefore exp(lambda V(end)): the weighted particles are
+    samples of the generator's density times this factor. With several proposals, each particle keeps its best proposal
+    in some steps, which trades this exactness for reward. `progress` wraps the steps.
 
-    Raises InputError where a value is not finite.
+    Raises InputError if a value is not finite.
     """
     latents, known, trace = denoiser.start(settings.particles), Known(), []
     prompts, device = len(denoiser.prompts), latents.device
@@ -91,9 +91,11 @@ def fk(denoiser: Denoiser, value: Value, settings: FeynmanKac, progress=iter) ->
 
 
 def _finite(values: Tensor, step: int) -> Tensor:
-    """The values in float64 on the CPU. Raises InputError where one is not finite."""
+    """Return the values in float64 on the CPU. Raises InputError if one is not finite."""
     values = values.double().cpu()
     if not values.isfinite().all():
         bad = int((~values.isfinite()).sum())
-        raise InputError(f"{bad} of {values.numel()} values after {step} steps are not finite: nothing can be weighed")
+        raise InputError(
+            f"{bad} of {values.numel()} values after {step} steps are not finite: particles cannot be weighted"
+        )
     return values

@@ -1,4 +1,4 @@
-"""A comparison of ways of steering as a table and as a plot."""
+"""A comparison of steering methods as a table and as a plot."""
 
 from pathlib import Path
 from typing import Any
@@ -6,42 +6,42 @@ from typing import Any
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.steering.evaluate import ComparisonRecipe, read
 
-ABOUT = ("family", "label", "seed", "prompts")
+IDENTITY = ("family", "label", "seed", "prompts")
 
 
 def summary(recipe: ComparisonRecipe) -> list[dict[str, Any]]:
-    """One row an arm that was measured, in the recipe's order: of every measure the mean over seeds and its standard
-    error (NAME_error, None of one seed), and what a picture costs where that was measured.
+    """Return one row per measured arm, in the recipe's order.
 
-    Raises InputError where nothing was.
+    A row holds the mean of every measure over seeds, its standard error (NAME_error, None for one seed), and the cost
+    per picture where it was measured. Raises InputError if no arm was measured.
     """
     quality, costs = read(Path(recipe.out).expanduser())
-    found = []
+    summaries = []
     for arm in recipe.arms:
         rows = [row for row in quality if (row["family"], row["label"]) == (arm.family, arm.label)]
         if not rows:
             continue
         row: dict[str, Any] = {"family": arm.family, "label": arm.label, "seeds": len(rows)}
-        for name in [name for name in rows[0] if name not in ABOUT]:
-            values = [one[name] for one in rows]
+        for name in [name for name in rows[0] if name not in IDENTITY]:
+            values = [seed_row[name] for seed_row in rows]
             mean = sum(values) / len(values)
             spread = sum((value - mean) ** 2 for value in values)
             row[name] = mean
             row[f"{name}_error"] = (spread / (len(values) - 1) / len(values)) ** 0.5 if len(values) > 1 else None
-        own = [cost for cost in costs if (cost["family"], cost["label"]) == (arm.family, arm.label)]
-        found.append(row | {k: v for cost in own for k, v in cost.items() if k not in ABOUT})
-    if not found:
-        raise InputError(f"{recipe.out} holds nothing of this comparison yet; run it without --plot first")
-    return found
+        arm_costs = [cost for cost in costs if (cost["family"], cost["label"]) == (arm.family, arm.label)]
+        summaries.append(row | {k: v for cost in arm_costs for k, v in cost.items() if k not in IDENTITY})
+    if not summaries:
+        raise InputError(f"{recipe.out} has no results of this comparison yet; run it without --plot first")
+    return summaries
 
 
 def names_of(rows: list[dict[str, Any]]) -> list[str]:
-    """The measures of a summary's rows."""
+    """Return the names of the measures of a summary's rows."""
     return [key.removesuffix("_error") for key in rows[0] if key.endswith("_error")]
 
 
 def report(recipe: ComparisonRecipe) -> str:
-    """The summary as text."""
+    """Return the summary as text."""
     rows = summary(recipe)
     measures, width = names_of(rows), max(len(f"{row['family']} {row['label']}") for row in rows) + 2
     costs = [key for key in ("seconds", "gigaflop", "peak_mib") if any(key in row for row in rows)]
@@ -56,8 +56,10 @@ def report(recipe: ComparisonRecipe) -> str:
 
 
 def draw(recipe: ComparisonRecipe, path: Path) -> None:
-    """Every measure over the seconds a picture takes, and the reward over its GFLOP and its peak memory, a curve a
-    family, as PNG; where no cost was measured, over the arms."""
+    """Draw every measure over the seconds per picture, and the reward over GFLOP and peak memory, as a PNG file.
+
+    Each family is one curve. Where no costs were measured, the measures are drawn over the arms.
+    """
     from matplotlib.figure import Figure
 
     rows = summary(recipe)
@@ -70,13 +72,15 @@ def draw(recipe: ComparisonRecipe, path: Path) -> None:
     for place, (name, cost) in enumerate(panels):
         axes = figure.add_subplot(down, across, place + 1)
         for number, family in enumerate(dict.fromkeys(row["family"] for row in rows)):
-            own = [row for row in rows if row["family"] == family]
-            across_x = [row[cost] if priced else rows.index(row) for row in own]
-            errors = [row[f"{name}_error"] or 0.0 for row in own]
-            axes.errorbar(across_x, [row[name] for row in own], errors, fmt=".-", color=f"C{number}", label=family)
-            for x, row in zip(across_x, own):
+            members = [row for row in rows if row["family"] == family]
+            positions = [row[cost] if priced else rows.index(row) for row in members]
+            errors = [row[f"{name}_error"] or 0.0 for row in members]
+            axes.errorbar(positions, [row[name] for row in members], errors, fmt=".-", color=f"C{number}", label=family)
+            for x, row in zip(positions, members):
                 axes.annotate(row["label"], (x, row[name]), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axes.set_xlabel({"seconds": "seconds a picture", "gigaflop": "GFLOP a picture", "peak_mib": "peak MiB"}[cost])
+        axes.set_xlabel(
+            {"seconds": "seconds per picture", "gigaflop": "GFLOP per picture", "peak_mib": "peak MiB"}[cost]
+        )
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
         if place == 0:

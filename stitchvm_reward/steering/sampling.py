@@ -1,13 +1,16 @@
-"""Steered sampling: of prompts under a denoiser, and of a diffusers pipeline."""
+"""Steered sampling of prompts under a denoiser, and the memory that it needs."""
 
+import copy
+import math
 import os
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from stitchvm_reward.diffusion.generator import Conditions, Generator
+from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.families.family import Architecture, Conditions
 from stitchvm_reward.rewards import Reward
 from stitchvm_reward.steering.best_of_n import best_of_n
 from stitchvm_reward.steering.denoiser import Denoiser
@@ -18,21 +21,20 @@ from stitchvm_reward.steering.trace import Steered
 from stitchvm_reward.steering.values import StitchedValue, TweedieValue, Value
 from stitchvm_reward.stitching.value_model import StitchedValueModel
 
-T5_LENGTH = 256  # tokens that a Stable Diffusion 3 pipeline reads unless told otherwise
 GIB = 2**30
-ALIKE = 0.02  # null text kept in half precision is off by up to 1/256 of itself
+TOLERANCE = 0.02  # conditions of the empty prompt that were stored in half precision are off by up to 1/256
 
 
 def steer_prompts(denoiser: Denoiser, method: str, value: Value, settings: Settings, bar: tqdm) -> list[Steered]:
-    """Steer the denoiser's prompts by a method of METHODS, as many at once as fill a micro batch.
+    """Steer the denoiser's prompts by a method of METHODS, in waves of as many prompts as fill a micro batch.
 
-    `bar` is moved on after every step of each of these waves and shows the mean value of the chosen so far; `waves`
-    tells how many there are. Raises InputError for settings that do not fit, and where memory or numbers run out.
+    `bar` advances after every solver step of each wave and shows the mean value of the samples chosen so far. Raises
+    InputError for settings that do not fit, and where memory runs out or values are not finite.
     """
     settings.require_method(method)
-    size, found, total = wave(method, settings), [], 0.0
+    size, results, total = prompts_per_wave(method, settings), [], 0.0
 
-    def told(steps):
+    def progress(steps):
         for step in steps:
             yield step
             bar.update()
@@ -42,56 +44,68 @@ def steer_prompts(denoiser: Denoiser, method: str, value: Value, settings: Setti
         try:
             with torch.no_grad():
                 if method == "best_of_n":
-                    steered = best_of_n(part, value, settings.best_of_n, told)
+                    steered = best_of_n(part, value, settings.best_of_n, progress)
                 elif method == "fk":
-                    steered = fk(part, value, settings.fk, told)
+                    steered = fk(part, value, settings.fk, progress)
                 else:
-                    steered = dps(part, value, settings.dps, told)
+                    steered = dps(part, value, settings.dps, progress)
         except torch.OutOfMemoryError:
             raise InputError(
                 f"the device ran out of memory with micro_batch={settings.micro_batch} and "
                 f"{settings.particles(method)} particles: lower them"
             ) from None
         total += float(steered.values.amax(1).sum())
-        found.append(steered)
+        results.append(steered)
         bar.set_postfix(value=f"{total / min(start + size, len(denoiser.prompts)):.3f}")
-    return found
+    return results
 
 
-def wave(method: str, settings: Settings) -> int:
-    """Prompts that are steered at once."""
+def prompts_per_wave(method: str, settings: Settings) -> int:
+    """Return the number of prompts that are steered at once."""
     return max(1, settings.micro_batch // settings.particles(method))
 
 
-def waves(count: int, method: str, settings: Settings) -> int:
-    """How many times so many prompts need a solver's run."""
-    return -(-count // wave(method, settings))
-
-
 def progress_bar(count: int, method: str, settings: Settings) -> tqdm:
-    """A bar for `steer_prompts`."""
-    total = waves(count, method, settings) * settings.steps
-    return tqdm(total=total, desc=f"steer {method}", leave=False, dynamic_ncols=True)
+    """Return a progress bar for `steer_prompts` with `count` prompts."""
+    waves = -(-count // prompts_per_wave(method, settings))
+    return tqdm(total=waves * settings.steps, desc=f"steer {method}", leave=False, dynamic_ncols=True)
 
 
-def require_memory(method: str, settings: Settings, latent_bytes: int, kept_bytes: int, free: int) -> None:
-    """Raise InputError where the particles of one prompt need more than the `free` bytes beside the network's own.
+def require_memory(method: str, settings: Settings, latent_bytes: int, pass_bytes: int, free: int) -> None:
+    """Raise InputError if the particles of one prompt need more than `free` bytes beside the network.
 
-    A candidate is a latent in float32 in a few copies, and what is kept of its next forward pass.
+    A candidate takes a few float32 copies of its latent (`latent_bytes` each) and the tokens of its next forward pass
+    (`pass_bytes`).
     """
     proposals = settings.fk.proposals if method == "fk" else 1
     particles = settings.particles(method)
-    needed = max(particles, settings.micro_batch) * proposals * (4 * latent_bytes + kept_bytes)
+    needed = max(particles, settings.micro_batch) * proposals * (4 * latent_bytes + pass_bytes)
     if needed > free:
         each = f" of {proposals} proposals" if proposals > 1 else ""
         raise InputError(
             f"{particles} particles{each} must fit into memory: they need {needed / GIB:.1f} GiB beside the network, "
-            f"{free / GIB:.1f} are free; take fewer particles, or a smaller micro_batch"
+            f"{free / GIB:.1f} GiB are free; use fewer particles or a smaller micro_batch"
         )
 
 
+def check_memory(
+    architecture: Architecture,
+    resolution: int,
+    text_length: int,
+    *,
+    method: str,
+    settings: Settings,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raise InputError if the particles do not fit into the device's free memory, for a transformer in `dtype`."""
+    tokens, width = architecture.family.sequence(architecture, resolution, text_length)
+    latent_bytes = 4 * math.prod(architecture.latent_shape(resolution))
+    require_memory(method, settings, latent_bytes, tokens * width * dtype.itemsize, free_memory(device))
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device at hand."""
+    """Return the free bytes of the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -102,46 +116,50 @@ def make_denoiser(
     prompts: list[str],
     conditions: Conditions,
     negative: Conditions,
+    *,
     value: Value,
     settings: Settings,
 ) -> Denoiser:
-    """The denoiser of some prompts, of `conditions` (one row each), under guidance from `negative` (one row).
+    """Return the denoiser of some prompts, with `conditions` (one row each), guided away from `negative` (one row).
 
-    Where a value model on the generator's own network reads null text that is `negative` but for rounding, both take
-    the value model's, so that they share its blocks.
+    A guidance-distilled generator reads settings.guidance as an input and has no unguided branch: `negative` is not
+    used. For other generators, settings.guidance is the scale of classifier-free guidance. If a value model runs on
+    the generator's own network and its empty prompt equals `negative` up to rounding, both branches read the value
+    model's conditions, so that they share its blocks.
     """
-    null_text = False
-    for model in value.models.values() if isinstance(value, StitchedValue) else ():
-        null = model.null
-        if model.backbone.network is generator.transformer and alike(null, negative):
-            negative, null_text = null, True
+    distilled, null_text = generator.guidance is not None, False
+    if distilled:
+        generator = copy.copy(generator)
+        generator.guidance = settings.guidance
+    for model in value.models.values() if isinstance(value, StitchedValue) and not distilled else ():
+        if model.backbone.network is generator.transformer and nearly_equal(model.null, negative):
+            negative, null_text = model.null, True
             break
     return Denoiser(
-        generator,
-        prompts,
-        list(range(len(prompts))),
-        conditions,
-        negative if settings.guidance > 1 else None,
-        null_text,
-        settings.guidance,
-        settings.steps,
-        settings.stochasticity,
-        settings.micro_batch,
-        settings.seed,
+        generator=generator,
+        prompts=prompts,
+        numbers=list(range(len(prompts))),
+        conditions=conditions,
+        negative=negative if settings.guidance > 1 and not distilled else None,
+        null_text=null_text,
+        guidance=settings.guidance,
+        steps=settings.steps,
+        stochasticity=settings.stochasticity,
+        micro_batch=settings.micro_batch,
+        seed=settings.seed,
     )
 
 
-def alike(first: Conditions, second: Conditions) -> bool:
-    """Whether two conditions are the same but for the rounding of their number formats."""
-    pairs = ((first.tokens, second.tokens), (first.pooled, second.pooled))
-    return all(
-        a is b or (a.shape == b.shape and float((a.float() - b.float()).norm() / b.float().norm()) < ALIKE)
-        for a, b in pairs
-    )
+def nearly_equal(first: Conditions, second: Conditions) -> bool:
+    """Return whether two conditions are equal up to the rounding of their number formats."""
+    if first.key() != second.key():
+        return False
+    pairs = ((first[name], second[name]) for name in first.tensors)
+    return all(a is b or float((a.float() - b.float()).norm() / b.float().norm()) < TOLERANCE for a, b in pairs)
 
 
 def as_value(value: Any) -> Value:
-    """What `steer` was given as a Value: a stitched value model, several by name, or a reward of images.
+    """Return what `steer` was given as a Value: a stitched value model, several by name, or a reward of images.
 
     Raises InputError for anything else.
     """

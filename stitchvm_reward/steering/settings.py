@@ -1,4 +1,4 @@
-"""What can be set of steering: one section a method beside what all of them share."""
+"""Settings of steering: those that all methods share, and one section per method."""
 
 import math
 from dataclasses import dataclass, field
@@ -22,9 +22,9 @@ def require_window(name: str, window: list[int], lowest: int, may_be_empty: bool
 @dataclass
 class BestOfN:
     particles: int = 4
-    """Samples a prompt, of which the best stays."""
+    """Samples per prompt, of which the best is kept."""
     prune_at: int = 0
-    """Only the best after so many steps, by its value there, is taken to the end; 0: all are."""
+    """Number of steps after which only the best sample, by its value there, is continued; 0: all are finished."""
 
     def __post_init__(self):
         at_least("best_of_n.particles", self.particles, 1)
@@ -34,19 +34,19 @@ class BestOfN:
 @dataclass
 class FeynmanKac:
     particles: int = 4
-    """Samples a prompt that are resampled among each other; the best at the end stays."""
+    """Samples per prompt, which are resampled; the best one at the end is kept."""
     proposals: int = 1
-    """Draws from a particle's transition, of which the best by its value stays (M of Stitched Value Model, C.2)."""
+    """Draws from a particle's transition, of which the best is kept (M of Stitched Value Model, C.2)."""
     proposal_window: list[int] = field(default_factory=list)
-    """[first, last] number of steps done after which there are several proposals; empty: the first 40% of the steps."""
+    """[first, last] number of completed steps with several proposals; empty: the first 40% of the steps."""
     temperature: float = 10.0
     """Lambda: particles are resampled with weights exp(lambda (V(new) - V(old))). 0 is plain sampling."""
     every: int = 4
-    """Steps from one resampling to the next."""
+    """Steps between resamplings."""
     window: list[int] = field(default_factory=lambda: [8, 32])
-    """[first, last] number of steps done at which particles are resampled."""
+    """[first, last] number of completed steps at which particles are resampled."""
     resampling: str = "systematic"
-    """systematic (least noise; equal weights change nothing) or multinomial."""
+    """systematic (least noise; equal weights leave the particles unchanged) or multinomial."""
 
     def __post_init__(self):
         at_least("fk.particles", self.particles, 1)
@@ -58,24 +58,24 @@ class FeynmanKac:
         one_of("fk.resampling", self.resampling, RESAMPLING)
 
     def proposing(self, steps: int) -> range:
-        """The numbers of steps done, of so many, after which there are several proposals."""
+        """Return the numbers of completed steps, of `steps`, with several proposals."""
         first, last = self.proposal_window or (1, math.ceil(0.4 * steps))
         return range(first, last + 1) if self.proposals > 1 else range(0)
 
     def resampled(self) -> range:
-        """The numbers of steps done at which particles are resampled."""
+        """Return the numbers of completed steps at which particles are resampled."""
         return range(self.window[0], self.window[1] + 1, self.every)
 
 
 @dataclass
 class Guidance:
     strength: float = 1.0
-    """Scale c of what is taken from the velocity, c_t grad V; 0 is plain sampling."""
+    """Scale c of the term c_t grad V that is subtracted from the velocity; 0 is plain sampling."""
     schedule: str = "sigma"
-    """c_t at level t: constant (c), sigma (c t) or tilt (c t / (1 - t), which samples the density times exp(c V) where
-    V is exact; at t = 1 as at the second level)."""
+    """c_t at level t: constant (c), sigma (c t) or tilt (c t / (1 - t), which samples the density times exp(c V) if V
+    is exact; at t = 1, the second level's value is used)."""
     window: list[int] = field(default_factory=list)
-    """[first, last] step in which there is guidance, counted from 0; empty: all."""
+    """[first, last] step with guidance, counted from 0; empty: all."""
 
     def __post_init__(self):
         require(math.isfinite(self.strength), "dps.strength must be finite", self.strength)
@@ -85,19 +85,19 @@ class Guidance:
 
 @dataclass
 class Settings:
-    """How prompts are sampled and steered; a method reads its own section."""
+    """How prompts are sampled and steered; each method reads its own section."""
 
     steps: int = 40
     """Solver steps."""
     guidance: float = 4.5
-    """Classifier-free guidance scale; 1: none."""
+    """Scale of classifier-free guidance, 1 for none; or the scale that a guidance-distilled model reads as an input."""
     stochasticity: float = 1.0
-    """Noise of the transitions: 0 none (Euler's steps), 1 that of the time reversal, 2 twice its variance (what
-    Stitched Value Model prints, D.2)."""
+    """Noise of the transitions: 0 for none (Euler steps), 1 for the time reversal, 2 for twice its variance (as printed
+    in Stitched Value Model, D.2)."""
     micro_batch: int = 16
-    """Latents that a network is given at once, whatever the number of particles."""
+    """Latents that a network processes at once, whatever the number of particles."""
     seed: int = 0
-    """Addresses the noise, together with the prompt's place and the particle's."""
+    """Addresses the noise, together with the positions of prompt and particle."""
     best_of_n: BestOfN = field(default_factory=BestOfN)
     fk: FeynmanKac = field(default_factory=FeynmanKac)
     dps: Guidance = field(default_factory=Guidance)
@@ -110,7 +110,7 @@ class Settings:
         at_least("seed", self.seed, 0)
 
     def require_method(self, method: str) -> None:
-        """Raise InputError unless the method is known and its section fits the number of steps."""
+        """Raise InputError for an unknown method, or if its section does not fit the number of steps."""
         one_of("the method", method, METHODS)
         if method == "fk":
             last = self.fk.window[1]
@@ -123,7 +123,7 @@ class Settings:
             )
             require(
                 self.stochasticity > 0 or self.fk.proposals == 1,
-                "fk.proposals must be 1 where stochasticity is 0: all proposals would be one",
+                "fk.proposals must be 1 where stochasticity is 0: all proposals would be equal",
                 self.fk.proposals,
             )
         elif method == "best_of_n":
@@ -137,7 +137,7 @@ class Settings:
             )
 
     def particles(self, method: str) -> int:
-        """Particles a prompt."""
+        """Return the number of particles per prompt."""
         return {"best_of_n": self.best_of_n.particles, "fk": self.fk.particles, "dps": 1}[method]
 
 
@@ -146,25 +146,25 @@ class SteeringRecipe(Settings):
     """Steering by named rewards; `base:` names a parent file, relative to it, that is read first."""
 
     rewards: list[RewardRecipe] = field(default_factory=list)
-    """A weighted sum: of stitched value models (kind value), which score noisy latents, or of rewards of images."""
+    """A weighted sum of stitched value models (kind value), which score noisy latents, or of rewards of images."""
     estimate: str = "tweedie"
-    """How a reward of images judges a noisy latent: tweedie (by the image of the denoised latent) or monte_carlo (by
-    images of rollouts)."""
+    """How rewards of images score a noisy latent: tweedie (the image of the denoised latent) or monte_carlo (images of
+    rollouts)."""
     rollouts: int = 4
-    """Rollouts of a Monte Carlo estimate."""
+    """Rollouts per Monte Carlo estimate."""
 
     def __post_init__(self):
         super().__post_init__()
         require(bool(self.rewards), "rewards must list at least one reward", self.rewards)
         names = [reward.name for reward in self.rewards]
-        require(len(set(names)) == len(names), "every reward needs a name of its own", names)
+        require(len(set(names)) == len(names), "every reward needs a unique name", names)
         kinds = {reward.kind == "value" for reward in self.rewards}
         require(len(kinds) == 1, "rewards of kind value and rewards of images cannot be mixed", names)
         one_of("estimate", self.estimate, ESTIMATES)
         positive("rollouts", self.rollouts)
 
     def require_method(self, method: str) -> None:
-        """As of Settings; a Monte Carlo estimate has no gradient to guide by."""
+        """Check as `Settings` does, and that dps has a gradient: Monte Carlo estimates have none."""
         super().require_method(method)
         require(
             method != "dps" or self.estimate == "tweedie",

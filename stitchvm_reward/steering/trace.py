@@ -1,4 +1,4 @@
-"""What steering did, step by step."""
+"""A record of steering, step by step."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Event:
-    """One look at the particles after `step` steps, at level `sigma`: `values` (prompts, particles).
+    """The `values` (prompts, particles) after `step` steps, at level `sigma`.
 
-    Where they were resampled, `effective` (prompts,) is the effective sample size before it and `ancestors` (prompts,
-    particles) which particle each one goes on from.
+    If the particles were resampled, `effective` (prompts,) is the effective sample size before resampling and
+    `ancestors` (prompts, particles) is the particle that each one continues.
     """
 
     step: int
@@ -24,8 +24,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Steered:
-    """What came of some prompts: `latents` (prompts, particles, c, h, w) at level 0, and of the same particles their
-    `values` and their normalised `weights` since the last resampling, both (prompts, particles)."""
+    """The result for some prompts: `latents` (prompts, particles, c, h, w) at level 0, and the particles' `values` and
+    normalised `weights` since the last resampling, both (prompts, particles)."""
 
     latents: Tensor
     values: Tensor
@@ -34,7 +34,7 @@ class Steered:
 
     @property
     def chosen(self) -> Tensor:
-        """The place of each prompt's best particle, (prompts,)."""
+        """The index of each prompt's best particle, (prompts,)."""
         return self.values.argmax(1)
 
     @property
@@ -43,15 +43,15 @@ class Steered:
         return self.latents[torch.arange(len(self.latents)), self.chosen.to(self.latents.device)]
 
     def as_dicts(self) -> list[dict[str, Any]]:
-        """The trace of each prompt in plain numbers."""
-        found = []
+        """Return the trace of each prompt in plain numbers."""
+        traces = []
         for row in range(len(self.latents)):
             events = []
             for event in self.trace:
-                told: dict[str, Any] = {"step": event.step, "sigma": event.sigma, "values": event.values[row].tolist()}
+                entry: dict[str, Any] = {"step": event.step, "sigma": event.sigma, "values": event.values[row].tolist()}
                 if event.effective is not None and event.ancestors is not None:
-                    told |= {"effective": float(event.effective[row]), "ancestors": event.ancestors[row].tolist()}
-                events.append(told)
+                    entry |= {"effective": float(event.effective[row]), "ancestors": event.ancestors[row].tolist()}
+                events.append(entry)
             end = {"values": self.values[row].tolist(), "weights": self.weights[row].tolist()}
-            found.append({"events": events, "end": end, "chosen": int(self.chosen[row])})
-        return found
+            traces.append({"events": events, "end": end, "chosen": int(self.chosen[row])})
+        return traces

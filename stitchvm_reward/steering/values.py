@@ -1,4 +1,4 @@
-"""What a noisy latent is worth: by a stitched value model, by the image of the denoised latent, or by rollouts."""
+"""Values of noisy latents: from a stitched value model, from the denoised latent's image, or from rollouts."""
 
 from abc import ABC, abstractmethod
 
@@ -15,44 +15,44 @@ from stitchvm_reward.stitching.value_model import StitchedValueModel, score_and_
 
 
 class Value(ABC):
-    """Scores latents of `Denoiser`'s layout at sigmas[step], by `one` micro batch after the other."""
+    """Scores latents in the layout of `Denoiser` at sigmas[step], one micro batch at a time."""
 
     name = "value"
 
     @abstractmethod
     def one(self, denoiser: Denoiser, latents: Tensor, rows: range, count: int, step: int) -> tuple[Tensor, Known]:
-        """Values (batch,) float32 of one micro batch, the `rows` of `count` latents, and what they make known."""
+        """Return the values (batch,) float32 of one micro batch, `rows` of `count` latents, and what is then known."""
 
     @torch.no_grad()
     def measure(self, denoiser: Denoiser, latents: Tensor, step: int) -> tuple[Tensor, Known]:
-        """Values (count,) float32 of (count, c, h, w) latents, and what is known of their next forward pass."""
+        """Return the values (count,) float32 of latents (count, c, h, w), and what is known of their next pass."""
         count = len(latents)
         parts = [self.one(denoiser, latents[place], rows, count, step) for rows, place in denoiser.batches(count)]
         return torch.cat([values for values, _ in parts]), join([known for _, known in parts])
 
     def gradient(self, denoiser: Denoiser, latents: Tensor, step: int) -> tuple[Tensor, Tensor, Known]:
-        """Values, their gradient in the latents (count, c, h, w) float32, and what is known, without a graph.
+        """Return the values, their gradient in the latents (count, c, h, w) float32, and what is known, all detached.
 
-        Raises InputError where the values have none.
+        Raises InputError if the values are not differentiable.
         """
         parts: list[tuple[Tensor, Tensor, Known]] = []
         for rows, place in denoiser.batches(len(latents)):
             with torch.enable_grad():
-                own = latents[place].detach().requires_grad_()
-                values, known = self.one(denoiser, own, rows, len(latents), step)
+                leaf = latents[place].detach().requires_grad_()
+                values, known = self.one(denoiser, leaf, rows, len(latents), step)
                 if not values.requires_grad:
                     raise InputError(f"dps needs a gradient, {self.name} gives none: it must be differentiable")
-                values.sum().backward(inputs=[own])
-            assert own.grad is not None
-            parts.append((values.detach(), own.grad, known.detach()))
+                values.sum().backward(inputs=[leaf])
+            assert leaf.grad is not None
+            parts.append((values.detach(), leaf.grad, known.detach()))
         values, slopes = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         return values, slopes, join([known for _, _, known in parts])
 
 
 class StitchedValue(Value):
-    """V(z_t) of one or several stitched value models: their weighted sum (Stitched Value Model, arXiv 2605.19804, C.2).
+    """V(z_t) as the weighted sum of stitched value models (Stitched Value Model, arXiv 2605.19804, C.2).
 
-    Where their backbone is the denoiser's own network, the blocks that they run begin its next forward pass.
+    If their backbone is the denoiser's own network, the blocks that they run begin its next forward pass.
     """
 
     def __init__(self, models: dict[str, StitchedValueModel], weights: dict[str, float]):
@@ -72,13 +72,13 @@ class StitchedValue(Value):
 
 
 class TweedieValue(Value):
-    """Rewards of the image of the denoised latent: the ordinary estimate. At level 0 the rewards themselves."""
+    """The common estimate: rewards of the denoised latent's image. At level 0, these are the rewards themselves."""
 
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float]):
         self.rewards, self.weights, self.name = rewards, weights, " + ".join(rewards)
 
     def judge(self, denoiser: Denoiser, clean: Tensor, rows: range, count: int) -> Tensor:
-        """The weighted sum of the rewards (batch,) float32 of clean latents."""
+        """Return the weighted sum of the rewards of clean latents, (batch,) float32."""
         images, texts = denoiser.generator.decode(clean), denoiser.texts(rows, count)
         scores = [self.weights[name] * reward.score(images, texts) for name, reward in self.rewards.items()]
         return torch.stack([score.to(clean.device) for score in scores]).sum(0)
@@ -93,7 +93,7 @@ class TweedieValue(Value):
 
 
 class MonteCarloValue(TweedieValue):
-    """The mean reward of rollouts from the latent on, through all levels that are left: what V stands for."""
+    """The mean reward of rollouts from the latent through all remaining levels: the quantity that V estimates."""
 
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float], rollouts: int):
         super().__init__(rewards, weights)
@@ -105,21 +105,21 @@ class MonteCarloValue(TweedieValue):
             return super().one(denoiser, latents, rows, count, step)
         sigmas = denoiser.sigmas[step:]
         first = denoiser.guided(latents, sigmas[0], rows, count, Known())
-        found = []
+        rewards = []
         for rollout in range(self.rollouts):
             noise = self._noise(denoiser, rows, count, step, rollout, len(sigmas) - 1)
-            own, velocity = latents, first
+            current, velocity = latents, first
             for place, (sigma, following) in enumerate(zip(sigmas, sigmas[1:])):
                 if place:
-                    velocity = denoiser.guided(own, sigma, rows, count, Known())
-                clean = denoised(own, velocity, torch.tensor(sigma))
-                own = sde_step(own, clean, noise[:, place], sigma, following, denoiser.stochasticity)
-            found.append(self.judge(denoiser, own, rows, count))
-        return torch.stack(found).mean(0), Known(velocity=first)
+                    velocity = denoiser.guided(current, sigma, rows, count, Known())
+                clean = denoised(current, velocity, torch.tensor(sigma))
+                current = sde_step(current, clean, noise[:, place], sigma, following, denoiser.stochasticity)
+            rewards.append(self.judge(denoiser, current, rows, count))
+        return torch.stack(rewards).mean(0), Known(velocity=first)
 
     @staticmethod
     def _noise(denoiser: Denoiser, rows: range, count: int, step: int, rollout: int, steps: int) -> Tensor:
-        """(batch, steps, c, h, w), each particle's own."""
+        """Return noise (batch, steps, c, h, w); each particle has its own."""
         each, shape = count // len(denoiser.prompts), denoiser.generator.latent_shape
         drawn = [
             torch.randn(

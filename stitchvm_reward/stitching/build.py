@@ -1,4 +1,4 @@
-"""From a recipe to a value model: targets, search, finetuning, the folder."""
+"""From a recipe to a value model: targets, search, finetuning and the folder."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import functools
 import gc
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,35 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from stitchvm_reward.diffusion.architectures import configurations
 from stitchvm_reward.diffusion.backbone import load_backbone
-from stitchvm_reward.diffusion.generator import Conditions, PromptEmbeddings, encode, load_vae
+from stitchvm_reward.diffusion.generator import load_vae
 from stitchvm_reward.diffusion.path import noised
+from stitchvm_reward.diffusion.prompt_cache import PromptCache
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.families import architecture_of
+from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.hub import is_hub_id, locate
 from stitchvm_reward.rewards.aesthetic import load_head
 from stitchvm_reward.rewards.clip import ImageTower, TextTower, require_folder
 from stitchvm_reward.rewards.tail import RewardTail, vision_states
 from stitchvm_reward.runs import checkpoint, randomness
-from stitchvm_reward.runs.agreement import Agreement
 from stitchvm_reward.runs.geometry import share
+from stitchvm_reward.runs.pictures import curves
+from stitchvm_reward.runs.rank_sync import RankSync, Stopped, mark_stopped
 from stitchvm_reward.runs.run_folder import check_run_folder, prepare_run_folder
-from stitchvm_reward.runs.tracking import Tracker, curves
+from stitchvm_reward.runs.tracking import Tracker
 from stitchvm_reward.stitching.config import StitchRecipe
 from stitchvm_reward.stitching.distill import Distiller
 from stitchvm_reward.stitching.images import find_images
-from stitchvm_reward.stitching.search import Probe, Search, backbone_features, heat_map, search, start
-from stitchvm_reward.stitching.targets import SHARD, Targets, compute, open_targets, targets_folder
-from stitchvm_reward.stitching.value_model import (
-    FORMAT,
-    StitchedValueModel,
-    ValueNetwork,
-    vae_identity,
+from stitchvm_reward.stitching.search import Probe, Search, backbone_features, heat_map, initial_weights, search
+from stitchvm_reward.stitching.teacher_cache import (
+    TeacherCache,
+    compute,
+    open_teacher_cache,
+    shard_count,
+    teacher_folder,
 )
+from stitchvm_reward.stitching.value_model import FORMAT, StitchedValueModel, ValueNetwork, check_block, depth_of
 
 PROMPT_CACHE = "prompts"
 
@@ -47,10 +51,7 @@ PROMPT_CACHE = "prompts"
 def check_stitch_recipe(recipe: StitchRecipe) -> None:
     """Check everything that needs no weights. Raises InputError."""
     check_run_folder(recipe)
-    transformer, _, _ = configurations(recipe.backbone.path)
-    depth = int(transformer["num_layers"])
-    if (recipe.backbone.block or 0) > depth:
-        raise InputError(f"backbone.block must be at most {depth}, the backbone's blocks, got {recipe.backbone.block}")
+    check_block(architecture_of(recipe.model.path), recipe.backbone.block)
     require_folder(recipe.reward.model)
     if not is_hub_id(recipe.reward.model):
         config = locate(recipe.reward.model, ()) / "config.json"
@@ -58,14 +59,14 @@ def check_stitch_recipe(recipe: StitchRecipe) -> None:
             blocks = int(json.loads(config.read_text())["vision_config"]["num_hidden_layers"])
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(
-                f"{recipe.reward.model} is no CLIP model folder: no vision_config in config.json"
+                f"{recipe.reward.model} is not a CLIP model folder: config.json has no vision_config"
             ) from None
         for name, value in (
             ("search.last_reward_block", recipe.search.last_reward_block),
             ("reward.block", recipe.reward.block or 1),
         ):
             if value > blocks:
-                raise InputError(f"{name} must be at most {blocks}, the reward model's blocks, got {value}")
+                raise InputError(f"{name} must be at most {blocks}, the reward model's number of blocks, got {value}")
     if recipe.reward.head and not is_hub_id(recipe.reward.head) and not Path(recipe.reward.head).expanduser().exists():
         raise InputError(f"aesthetic head not found: {recipe.reward.head}; give a file, a folder or a hub id")
     folder = Path(recipe.data.images).expanduser()
@@ -74,124 +75,143 @@ def check_stitch_recipe(recipe: StitchRecipe) -> None:
 
 
 class Builder:
-    """Everything that stage 1 and stage 2 share: the images, their targets, the frozen networks."""
+    """What search and finetuning share: the images, their targets and the frozen networks."""
 
-    def __init__(self, recipe: StitchRecipe, accelerator: Accelerator):
-        self.recipe, self.accelerator, self.device = recipe, accelerator, accelerator.device
-        self.main = accelerator.is_main_process
-        data, backbone = recipe.data, recipe.backbone
+    def __init__(self, recipe: StitchRecipe, ranks: RankSync):
+        self.recipe, self.ranks, self.accelerator = recipe, ranks, ranks.accelerator
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        data, model = recipe.data, recipe.model
+        self.architecture = architecture_of(model.path)
+        self.latent_shape = self.architecture.latent_shape(model.resolution)
         self.images = find_images(data.images, data.split, data.column, data.captions, data.limit)
-        self.dtype = getattr(torch, backbone.dtype)
-        self.embeddings = PromptEmbeddings(
-            backbone.path, str(Path(data.cache) / PROMPT_CACHE), backbone.t5_length, self.dtype, self.device
-        )
-        if self.main:
-            self.embeddings.ensure([""])
-        accelerator.wait_for_everyone()
-        self.null = self.embeddings.conditions([""])
+        self.prompt_cache = PromptCache(model, str(Path(data.cache) / PROMPT_CACHE), self.device)
+        self._encode([""], "encode the empty prompt")
+        self.null = self.prompt_cache.conditions([""])
         self.tower = ImageTower(recipe.reward.model, recipe.reward.kind, self.device)
-        self.vae_identity, self.targets = self._targets()
+        self.latent_space, self.targets = self._compute_targets()
         if self.main and self.targets.broken:
             names = ", ".join(self.targets.broken[:5])
             tqdm.write(f"{len(self.targets.broken)} broken or empty images are left out: {names}")
-        # Places among the targets: those kept out of all fitting first.
+        # Positions among the targets; those excluded from fitting come first.
         split = randomness.at(recipe.seed, randomness.SPLIT)
         self.order: list[int] = torch.randperm(len(self.targets), generator=split).tolist()
-        self.head = load_backbone(backbone.path, self._blocks_needed(), self.dtype, self.device)
+        blocks = recipe.backbone.block if recipe.backbone.block is not None else depth_of(self.architecture)
+        self.head = load_backbone(model.path, blocks, model.torch_dtype, self.device, model.guidance)
 
-    def _blocks_needed(self) -> int:
-        if self.recipe.backbone.block is not None:
-            return self.recipe.backbone.block
-        return int(configurations(self.recipe.backbone.path)[0]["num_layers"])
+    def _rounds(self, items: Sequence[int], phase: str) -> Iterator[int]:
+        """Yield this process's items under a progress bar; after each, all processes meet and may stop."""
+        rounds = self.ranks.rounds(items)
+        with self.ranks.timings.phase(phase):
+            for item in tqdm(
+                rounds,
+                desc=phase,
+                total=len(items),
+                leave=False,
+                disable=not (self.main and items),
+                dynamic_ncols=True,
+            ):
+                with self.ranks.together():
+                    if item is not None:
+                        yield item
 
-    def _bar(self, items, phase: str) -> tqdm:
-        return tqdm(items, desc=phase, leave=False, disable=not self.main, dynamic_ncols=True)
+    def _encode(self, texts: Iterable[str], phase: str) -> None:
+        """Encode the texts that are not on disk yet, on the main process."""
+        with self.ranks.together():
+            self.prompt_cache.ensure(
+                list(texts) if self.main else [], progress=lambda batches: self._rounds(batches, phase)
+            )
 
-    def _targets(self) -> tuple[dict[str, Any], Targets]:
-        """Every process computes its share of the missing targets; the autoencoder is freed after."""
-        recipe = self.recipe
-        vae = load_vae(recipe.backbone.path, self.device)
-        identity = vae_identity(vae)
-        self.latent_shape = (
-            vae.config.latent_channels,
-            *2 * (recipe.backbone.resolution // 2 ** (len(vae.config.block_out_channels) - 1),),
-        )
+    def _compute_targets(self) -> tuple[dict[str, Any], TeacherCache]:
+        """Compute this process's share of the missing targets and open all of them; the autoencoder is freed."""
+        recipe, family = self.recipe, self.architecture.family
+        vae = load_vae(recipe.model.path, self.device)
+        latent_space = family.latent_space(vae)
         key = {
-            "vae": identity,
+            "vae": latent_space,
             "reward": _digest(self.tower),
-            "fit": self.tower.fit.__name__,  # kinds of reward may share a tower and show it another cut of the picture
-            "side": recipe.backbone.resolution,
+            "fit": self.tower.fit.__name__,  # kinds of reward may share a tower and crop images differently
+            "side": recipe.model.resolution,
         }
-        folder = targets_folder(recipe.data.cache, self.images, key)
-        shards = range(-(-len(self.images) // SHARD))
-        own = share(len(shards), self.accelerator.process_index, self.accelerator.num_processes)
+        folder = teacher_folder(recipe.data.cache, self.images, key)
+        shards = range(shard_count(self.images))
+        local = share(len(shards), self.accelerator.process_index, self.accelerator.num_processes)
         compute(
             folder,
             self.images,
-            recipe.backbone.resolution,
-            functools.partial(encode, vae),
-            self.tower,
-            recipe.finetune.micro_batch,
-            self._bar(shards[own.start : own.stop], "latents and targets"),
+            self._rounds(shards[local.start : local.stop], "latents and targets"),
+            side=recipe.model.resolution,
+            micro_batch=recipe.finetune.micro_batch,
+            encode=functools.partial(family.encode_images, vae),
+            tower=self.tower,
         )
-        self.accelerator.wait_for_everyone()
         del vae
         gc.collect()
         needed = recipe.data.held_out + max(recipe.finetune.batch, recipe.search.probe + recipe.search.held_out)
-        return identity, open_targets(folder, self.images, needed)
+        return latent_space, open_teacher_cache(folder, self.images, needed)
 
     def captions(self, order: list[int]) -> Callable[[list[int]], Conditions] | None:
-        """What the backbone reads of images, by their places among the targets, where it reads prompts at all."""
+        """Return a function from positions among the targets to the conditions of their captions.
+
+        Return None if the backbone reads the empty prompt.
+        """
         if self.recipe.backbone.conditioning == "null":
             return None
         texts = {index: self.images.caption(self.targets.rows[index]) for index in order}
-        if self.main:
-            self.embeddings.ensure(list(texts.values()), progress=lambda items: self._bar(items, "encode captions"))
-        self.accelerator.wait_for_everyone()
-        return lambda indices: self.embeddings.conditions([texts[index] for index in indices])
+        self._encode(texts.values(), "encode captions")
+        return lambda indices: self.prompt_cache.conditions([texts[index] for index in indices])
 
     @torch.no_grad()
     def probe(self, blocks: list[int], reward_blocks: list[int]) -> Probe:
-        """Features of the probe images, each with its own level t ~ U[0, 1] and noise; one forward of each model."""
-        recipe, size = self.recipe, self.recipe.finetune.micro_batch
+        """Return features of the probe images from one forward pass of each model.
+
+        Each image has its own noise and its own level t ~ U[0, 1].
+        """
+        recipe, size, clip = self.recipe, self.recipe.finetune.micro_batch, self.tower.clip
         count = recipe.search.probe + recipe.search.held_out
         chosen = self.order[recipe.data.held_out :][:count]
         conditions = self.captions(chosen)
-        parts: tuple[dict, dict, dict] = {}, {}, {}
-        grid = self.tower.clip.config.vision_config.image_size // self.tower.clip.config.vision_config.patch_size
-        for begin in self._bar(range(0, len(chosen), size), "search: features"):
+        backbone: dict[int, list[Tensor]] = {}
+        reward: dict[int, list[Tensor]] = {}
+        classes: dict[int, list[Tensor]] = {}
+        grid = clip.config.vision_config.image_size // clip.config.vision_config.patch_size
+        for begin in self._rounds(range(0, len(chosen), size), "search: features"):
             indices = chosen[begin : begin + size]
             rows = [self.targets.rows[index] for index in indices]
-            (latents,) = self.targets.read(indices, ("latents",))
-            draws = [randomness.at(recipe.seed, randomness.PROBE, row) for row in rows]
-            sigma = torch.cat([torch.rand(1, generator=g) for g in draws]).to(self.device)
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws])
-            noisy = noised(latents.to(self.device), noise.to(self.device), sigma)
-            own = self.null.expand(len(indices)) if conditions is None else conditions(indices)
-            for i, found in backbone_features(self.head, noisy, sigma, own, blocks, grid).items():
-                parts[0].setdefault(i, []).append(found)
+            noisy, sigma = self._noisy(indices, rows)
+            selected = self.null.expand(len(indices)) if conditions is None else conditions(indices)
+            features = backbone_features(self.head, noisy, sigma, selected, blocks=blocks, side=grid)
+            for i, feature in features.items():
+                backbone.setdefault(i, []).append(feature)
             images = torch.stack([self._image(row) for row in rows])
-            states = vision_states(self.tower.clip, self.tower.pixels(images), max(reward_blocks) - 1)
+            states = vision_states(clip, self.tower.pixels(images), max(reward_blocks) - 1)
             for j in reward_blocks:
-                parts[1].setdefault(j, []).append((states[0] if j == 1 else states[j - 1][:, 1:]).float().cpu())
+                reward.setdefault(j, []).append((states[0] if j == 1 else states[j - 1][:, 1:]).float().cpu())
                 if j > 1:
-                    parts[2].setdefault(j, []).append(states[j - 1][:, 0].float().cpu())
-        backbone, reward, classes = ({key: torch.cat(found) for key, found in part.items()} for part in parts)
-        return Probe(backbone, reward, classes)
+                    classes.setdefault(j, []).append(states[j - 1][:, 0].float().cpu())
+        return Probe(*({key: torch.cat(parts) for key, parts in part.items()} for part in (backbone, reward, classes)))
+
+    def _noisy(self, indices: list[int], rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Return noisy latents of some targets and their levels; `rows` address the randomness."""
+        (latents,) = self.targets.read(indices, ("latents",))
+        draws = [randomness.at(self.recipe.seed, randomness.PROBE, row) for row in rows]
+        sigma = torch.cat([torch.rand(1, generator=g) for g in draws]).to(self.device)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws])
+        return noised(latents.to(self.device), noise.to(self.device), sigma), sigma
 
     def _image(self, row: int) -> Tensor:
-        image = self.images.load(row, self.recipe.backbone.resolution)
+        image = self.images.load(row, self.recipe.model.resolution)
         if image is None:
             raise InputError(f"{self.images.names[row]} could be read before and cannot be read now")
         return image
 
     def model(self, probe: Probe, block: int, reward_block: int) -> StitchedValueModel:
-        """The stitched model of a pair of blocks as the search leaves it, before finetuning."""
+        """Return the stitched model of a pair of blocks as the search initialises it, before finetuning."""
         recipe = self.recipe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(randomness.at(recipe.seed, randomness.ADAPTERS).initial_seed())
-            network = ValueNetwork(self.head.width(block), RewardTail(self.tower.clip, reward_block))
-        solution, class_state, offsets = start(probe, block, reward_block)
+            width = self.head.width(block, self.latent_shape[0])
+            network = ValueNetwork(width, RewardTail(self.tower.clip, reward_block))
+        solution, class_state, offsets = initial_weights(probe, block, reward_block)
         network.stitch.set_linear(solution)
         if class_state is not None and offsets is not None:
             network.tail.set_start(class_state, offsets)
@@ -199,30 +219,40 @@ class Builder:
             readout: Any = load_head(recipe.reward.head).to(self.device)
         else:
             readout = TextTower(self.tower.clip, self.tower.folder, recipe.reward.kind)
-        vision = self.tower.clip.config.vision_config
-        config = {
+        config = self._config(block, reward_block)
+        return StitchedValueModel(self.head, network.to(self.device), readout, self.null, config)
+
+    def _config(self, block: int, reward_block: int) -> dict[str, Any]:
+        """Return the content of the value model's config.json."""
+        recipe, clip = self.recipe, self.tower.clip
+        backbone = {
+            "guidance": self.head.guidance,
+            "block": block,
+            "conditioning": recipe.backbone.conditioning,
+            "signature": self.head.signature(block),
+        }
+        return {
             "format": FORMAT,
-            "backbone": dataclasses.asdict(recipe.backbone) | {"block": block, "signature": self.head.signature(block)},
-            "vae": self.vae_identity,
+            "backbone": dataclasses.asdict(recipe.model) | backbone,
+            "vae": self.latent_space,
             "reward": {
                 "kind": recipe.reward.kind,
                 "path": recipe.reward.model,
                 "head": recipe.reward.head,
                 "block": reward_block,
-                "vision": vision.to_diff_dict(),
-                "projection": self.tower.clip.config.projection_dim,
+                "vision": clip.config.vision_config.to_diff_dict(),
+                "projection": clip.config.projection_dim,
             },
-            "resolution": recipe.backbone.resolution,
+            "resolution": recipe.model.resolution,
             "latent_shape": list(self.latent_shape),
             "dtype": "float16",
             "training": {"images": recipe.data.images, "count": len(self.targets), "seed": recipe.seed}
             | dataclasses.asdict(recipe.finetune),
         }
-        return StitchedValueModel(self.head, network.to(self.device), readout, self.null, config)
 
 
 def _digest(tower: ImageTower) -> str:
-    """Identify a reward's image tower by its activation and numbers out of its weights."""
+    """Identify a reward's image tower by its activation function and some of its weights."""
     digest = hashlib.sha256(tower.clip.config.vision_config.hidden_act.encode())
     for _, tensor in sorted(tower.clip.vision_model.state_dict().items()):
         digest.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
@@ -230,63 +260,91 @@ def _digest(tower: ImageTower) -> str:
 
 
 def run_search(builder: Builder, folder: Path | None) -> tuple[Probe, Search]:
-    """Stage 1 over all blocks; writes search.json and search.png on the main process."""
+    """Run stage 1 over all blocks; write search.json and search.png where `folder` is given."""
     recipe = builder.recipe
     blocks = list(range(builder.head.blocks + 1))
     if recipe.backbone.block is not None:
         blocks = [recipe.backbone.block]
     probe = builder.probe(blocks, list(range(1, recipe.search.last_reward_block + 1)))
-    found = search(probe, recipe.search.probe)
+    result = search(probe, recipe.search.probe)
     if folder is not None:
-        (folder / "search.json").write_text(json.dumps(found.table(), indent=1) + "\n")
-        heat_map(found, folder / "search.png")
-    return probe, found
+        (folder / "search.json").write_text(json.dumps(result.table(), indent=1) + "\n")
+        heat_map(result, folder / "search.png")
+    return probe, result
 
 
-def build(recipe: StitchRecipe, accelerator: Accelerator, only_search: bool = False) -> Path:
-    """Search, finetune and save; returns the folder of the value model, or of the search alone."""
+def build(
+    recipe: StitchRecipe, accelerator: Accelerator, only_search: bool = False, ranks: RankSync | None = None
+) -> Path | None:
+    """Search, finetune and save; return the folder of the value model, or of the search alone.
+
+    Return None after a signal to any process, with one line that says so. The next run with the same recipe then
+    continues bit for bit.
+    """
     check_stitch_recipe(recipe)
-    builder = Builder(recipe, accelerator)
-    claim = Agreement(accelerator).together(lambda: prepare_run_folder(recipe) if builder.main else None)
-    with claim or contextlib.nullcontext():
-        return _search_and_finetune(recipe, accelerator, builder, only_search)
+    ranks = ranks or RankSync(accelerator)
+    try:
+        builder = Builder(recipe, ranks)
+        claim = None
+        with ranks.together():
+            if builder.main:
+                claim = prepare_run_folder(recipe)
+        with claim or contextlib.nullcontext():
+            return _search_and_finetune(builder, only_search)
+    except Stopped as stopped:
+        if accelerator.is_main_process:
+            message = f"stopped by a signal {stopped}" if str(stopped) else "stopped by a signal before finetuning"
+            mark_stopped(message)
+            tqdm.write(f"{message}; run the same command again to continue")
+        return None
 
 
-def _search_and_finetune(recipe: StitchRecipe, accelerator: Accelerator, builder: Builder, only_search: bool) -> Path:
+def _search_and_finetune(builder: Builder, only_search: bool) -> Path:
+    recipe = builder.recipe
     folder = Path(recipe.out).expanduser()
-    probe, found = run_search(builder, folder if builder.main else None)
-    asked = recipe.backbone.block, recipe.reward.block
-    block, reward_block = found.best(*(None if wanted is None else [wanted] for wanted in asked))
+    probe, result = run_search(builder, folder if builder.main else None)
+    requested = recipe.backbone.block, recipe.reward.block
+    block, reward_block = result.best(*(None if number is None else [number] for number in requested))
     if builder.main:
-        tqdm.write(_search_text(found, block, reward_block))
+        tqdm.write(_search_text(result, block, reward_block))
     if only_search:
         return folder
     model = builder.model(probe, block, reward_block)
     del probe
-    distiller = Distiller(recipe, accelerator, model, builder.targets, builder.order, builder.captions(builder.order))
+    distiller = Distiller(
+        recipe,
+        builder.ranks,
+        model,
+        targets=builder.targets,
+        order=builder.order,
+        conditions=builder.captions(builder.order),
+    )
     warn = tqdm.write if builder.main else lambda _: None
     path = checkpoint.choose(folder / "checkpoints", recipe.checkpoint.resume, warn)
     if path is not None:
         distiller.resume(path)
         warn(f"resumed from {path}")
-    tracker = Tracker(folder, distiller.epoch + 1 if distiller.epoch else 0) if builder.main else None
-    if tracker is not None:
-        tracker.figure("search", folder / "search.png")
-    distiller.train(tracker, folder)
-    if tracker is not None:
-        tracker.close()
-        model.network.eval().requires_grad_(False)
-        model.save(folder / "value_model")
-        curves(folder)
-    accelerator.wait_for_everyone()
+    tracker = None
+    with builder.ranks.together():
+        if builder.main:
+            first = distiller.epoch + 1 if distiller.step else 0
+            tracker = Tracker(folder, first, recipe.trackers, dataclasses.asdict(recipe))
+            tracker.figure("search", folder / "search.png")
+    with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
+        distiller.train(tracker, folder)
+    with contextlib.suppress(Stopped), builder.ranks.together():  # a signal comes too late here: all is done
+        if builder.main:
+            model.network.eval().requires_grad_(False)
+            model.save(folder / "value_model")
+            curves(folder)
     return folder / "value_model"
 
 
-def _search_text(found: Search, block: int, reward_block: int) -> str:
+def _search_text(result: Search, block: int, reward_block: int) -> str:
     lines = ["mean squared residual on held-out images, by backbone block (rows) and reward block"]
-    lines.append("          " + "".join(f"{j:>10}" for j in found.reward_blocks))
-    for row, i in enumerate(found.blocks):
+    lines.append("          " + "".join(f"{j:>10}" for j in result.reward_blocks))
+    for row, i in enumerate(result.blocks):
         name = "latent" if i == 0 else str(i)
-        lines.append(f"{name:>10}" + "".join(f"{float(value):>10.4g}" for value in found.held_out[row]))
+        lines.append(f"{name:>10}" + "".join(f"{float(value):>10.4g}" for value in result.held_out[row]))
     lines.append(f"chosen: backbone block {block}, reward block {reward_block}")
     return "\n".join(lines)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from stitchvm_reward.diffusion.recipe import ModelRecipe
 from stitchvm_reward.rewards.clip import TEXT_KINDS
-from stitchvm_reward.runs.recipe import DTYPES, CheckpointRecipe, at_least, one_of, positive, read_recipe, require
+from stitchvm_reward.runs.recipe import CheckpointRecipe, at_least, one_of, positive, read_recipe, require
+from stitchvm_reward.runs.tracking import check_trackers
 
 REWARDS = ("aesthetic", *TEXT_KINDS)
 CONDITIONINGS = ("null", "prompt")
@@ -15,24 +17,13 @@ CONDITIONINGS = ("null", "prompt")
 
 @dataclass
 class BackboneRecipe:
-    path: str = MISSING
-    """Folder or hub id of the Stable Diffusion 3 pipeline whose first blocks are used."""
-    dtype: str = "bfloat16"
-    """Number format of the frozen blocks."""
-    resolution: int = 512
-    """Side of the images, in pixels: a value model is for one size."""
-    t5_length: int = 256
-    """Tokens of T5 text of the empty prompt."""
     block: int | None = None
-    """Last block that is run; null: what the search finds best. 0 stitches to the raw latent (the paper's baseline)."""
+    """Last block of the model that is run; null: the block that the search finds best. 0 stitches to the raw latent
+    (the paper's baseline)."""
     conditioning: str = "null"
-    """null: the blocks see the empty prompt, whatever the image (the paper). prompt: they see its caption."""
+    """null: the blocks read the empty prompt for every image (the paper). prompt: they read the image's caption."""
 
     def __post_init__(self):
-        one_of("backbone.dtype", self.dtype, DTYPES)
-        whole = self.resolution > 0 and self.resolution % 16 == 0
-        require(whole, "backbone.resolution must be a multiple of 16", self.resolution)
-        at_least("backbone.t5_length", self.t5_length, 1)
         require(self.block is None or self.block >= 0, "backbone.block must be 0 or more, or null", self.block)
         one_of("backbone.conditioning", self.conditioning, CONDITIONINGS)
 
@@ -40,13 +31,14 @@ class BackboneRecipe:
 @dataclass
 class RewardModelRecipe:
     kind: str = "aesthetic"
-    """aesthetic (CLIP image tower and head), or clip, dfn_clip, hpsv2, pickscore: image against text."""
+    """aesthetic (a CLIP image tower and a head), or one that compares an image with its text: clip, dfn_clip, hpsv2,
+    pickscore."""
     model: str = MISSING
     """Folder or hub id of the CLIP model."""
     head: str = ""
-    """File, folder or hub id of the aesthetic head (aesthetic)."""
+    """File, folder or hub id of the aesthetic head (kind aesthetic)."""
     block: int | None = None
-    """First block that is kept; null: what the search finds best."""
+    """First block of the reward model that is kept; null: the block that the search finds best."""
 
     def __post_init__(self):
         one_of("reward.kind", self.kind, REWARDS)
@@ -56,18 +48,18 @@ class RewardModelRecipe:
 @dataclass
 class DataRecipe:
     images: str = MISSING
-    """Folder of images (searched with its subfolders), or a hub data set owner/name. No labels are read."""
+    """Folder of images, searched with its subfolders, or a hub data set owner/name. Labels are not read."""
     split: str = "train"
     """Split of a hub data set."""
     column: str = "image"
     """Column of a hub data set that holds the image."""
     captions: str = "text"
-    """Column of a hub data set that holds the caption; a folder keeps it in NAME.txt beside NAME.png. Only read
-    where backbone.conditioning is prompt."""
+    """Column of a hub data set that holds the caption. In a folder, NAME.txt beside NAME.png holds it. Captions are
+    read only if backbone.conditioning is prompt."""
     limit: int = 0
-    """Use only so many images; 0: all."""
+    """Number of images to use, the first ones; 0: all."""
     held_out: int = 500
-    """Images kept out of all fitting, for the curves."""
+    """Images that are excluded from all fitting and used for the curves."""
     cache: str = "~/.cache/stitch-nft/targets"
     """Folder that keeps clean latents and reward targets between runs."""
 
@@ -79,11 +71,11 @@ class DataRecipe:
 @dataclass
 class SearchRecipe:
     probe: int = 200
-    """Images that every pair of blocks is fitted on."""
+    """Images that every pair of blocks is fitted to."""
     held_out: int = 50
-    """Images that the fit is judged on beside them."""
+    """Further images, on which the fits are compared."""
     last_reward_block: int = 4
-    """Reward blocks j = 1.. up to this one are tried."""
+    """The search tries reward blocks j from 1 to this one."""
 
     def __post_init__(self):
         at_least("search.probe", self.probe, 2)
@@ -98,27 +90,27 @@ class FinetuneRecipe:
     batch: int = 128
     """Images per optimizer step, over all processes."""
     micro_batch: int = 16
-    """Images a device works on at once."""
+    """Images that a device processes at once."""
     learning_rate: float = 1.0e-5
-    """AdamW's peak rate for the reward's blocks."""
+    """Peak learning rate of AdamW for the reward's blocks."""
     layer_factor: float = 5.0
-    """The stitching layer learns so many times faster."""
+    """Learning rate of the stitching layer as a multiple of learning_rate."""
     warmup: int = 100
     """Optimizer steps of linear warm-up."""
     schedule: str = "constant"
     """constant or cosine, after the warm-up."""
     weight_decay: float = 0.0
-    """AdamW's decoupled decay."""
+    """Decoupled weight decay of AdamW."""
     max_gradient_norm: float = 1.0
     """Gradients are clipped to this norm."""
     token_weight: float = 1.0
-    """Weight of the loss on tokens beside the one on the embedding."""
+    """Weight of the loss on tokens relative to the loss on the embedding."""
     sigma_mean: float = 0.0
-    """Noise levels are drawn as sigmoid(mean + std n), n standard normal: dense in the middle."""
+    """Noise levels are drawn as sigmoid(sigma_mean + sigma_std n) with n standard normal: dense in the middle."""
     sigma_std: float = 1.0
     """See sigma_mean."""
     mixed_precision: str = "no"
-    """no or bf16: format of the trained blocks' arithmetic; their weights stay float32."""
+    """no or bf16: number format in which the trained blocks compute; their weights stay float32."""
 
     def __post_init__(self):
         at_least("finetune.epochs", self.epochs, 1)
@@ -141,7 +133,7 @@ class CurvesRecipe:
     every: int = 1
     """Epochs between measurements on the held-out images."""
     sigmas: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5, 0.75, 0.9])
-    """Noise levels that are measured."""
+    """Noise levels at which the value model is measured."""
 
     def __post_init__(self):
         at_least("evaluation.every", self.every, 1)
@@ -158,6 +150,13 @@ class StitchRecipe:
     """Run folder; the value model is written to its subfolder value_model."""
     seed: int = 0
     """Addresses all randomness, together with epoch and image index."""
+    timeout: int = 1800
+    """Seconds without progress after which the run ends with an error that names the phase. It must exceed the longest
+    single step, such as loading the model."""
+    trackers: list[str] = field(default_factory=lambda: ["jsonl", "tensorboard"])
+    """Where metrics go: jsonl (always), tensorboard, wandb, trackio."""
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    """The model whose first blocks are the backbone. A value model works at one resolution."""
     backbone: BackboneRecipe = field(default_factory=BackboneRecipe)
     reward: RewardModelRecipe = field(default_factory=RewardModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -168,6 +167,7 @@ class StitchRecipe:
 
     def __post_init__(self):
         at_least("seed", self.seed, 0)
+        at_least("timeout", self.timeout, 1)
 
 
 def load_stitch_recipe(path: str | Path, overrides: list[str] | None = None) -> StitchRecipe:
@@ -179,4 +179,5 @@ def load_stitch_recipe(path: str | Path, overrides: list[str] | None = None) -> 
         "reward.head must name a file, folder or hub id for kind aesthetic, and nothing for another kind",
         recipe.reward.head,
     )
+    check_trackers(recipe.trackers)
     return recipe

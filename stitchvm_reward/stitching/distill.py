@@ -2,68 +2,76 @@
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from stitchvm_reward.diffusion.generator import Conditions
 from stitchvm_reward.diffusion.path import noised
 from stitchvm_reward.errors import SharedError
+from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.rewards.aesthetic import AestheticHead
 from stitchvm_reward.runs import checkpoint, randomness
 from stitchvm_reward.runs.geometry import share
+from stitchvm_reward.runs.rank_sync import RankSync, Stopped
 from stitchvm_reward.runs.tracking import Tracker
 from stitchvm_reward.stitching.config import StitchRecipe
-from stitchvm_reward.stitching.targets import Targets
+from stitchvm_reward.stitching.teacher_cache import TeacherCache
 from stitchvm_reward.stitching.value_model import StitchedValueModel
 
 
-def clip_loss(states: Tensor, embedding: Tensor, states_wanted: Tensor, embedding_wanted: Tensor, weight: float):
-    """||e - e*||^2 + weight mean (h - h*)^2 per image, (batch,), for rewards that compare embeddings (section D.1)."""
-    tokens = (states - states_wanted).square().flatten(1).mean(1)
-    return (embedding - embedding_wanted).square().sum(1) + weight * tokens
+def clip_loss(
+    states: Tensor, embedding: Tensor, target_states: Tensor, target_embedding: Tensor, weight: float
+) -> Tensor:
+    """Return ||e - e*||^2 + weight mean (h - h*)^2 per image, (batch,), for rewards that compare embeddings (D.1)."""
+    tokens = (states - target_states).square().flatten(1).mean(1)
+    return (embedding - target_embedding).square().sum(1) + weight * tokens
 
 
 def aesthetic_loss(
     states: Tensor,
     embedding: Tensor,
-    states_wanted: Tensor,
-    embedding_wanted: Tensor,
+    target_states: Tensor,
+    target_embedding: Tensor,
     weight: float,
+    *,
     head: AestheticHead,
-):
-    """Smooth L1 on tokens, embedding and score, per image, (batch,) (section D.1)."""
-    tokens = F.smooth_l1_loss(states, states_wanted, reduction="none").flatten(1).mean(1)
-    similar = F.smooth_l1_loss(embedding, embedding_wanted, reduction="none").mean(1)
-    score = F.smooth_l1_loss(head(embedding), head(embedding_wanted), reduction="none")
+) -> Tensor:
+    """Return the smooth L1 loss on tokens, embedding and score per image, (batch,) (section D.1)."""
+    tokens = F.smooth_l1_loss(states, target_states, reduction="none").flatten(1).mean(1)
+    similar = F.smooth_l1_loss(embedding, target_embedding, reduction="none").mean(1)
+    score = F.smooth_l1_loss(head(embedding), head(target_embedding), reduction="none")
     return weight * tokens + similar + score
 
 
 def draw_sigma(count: int, generator: torch.Generator, mean: float, std: float) -> Tensor:
-    """Noise levels in (0, 1), dense in the middle: sigmoid of a normal deviate."""
+    """Draw noise levels in (0, 1) as the sigmoid of a normal deviate: dense in the middle."""
     return torch.sigmoid(mean + std * torch.randn(count, generator=generator))
 
 
 class Distiller:
-    """Trains a value model's network against kept targets on the processes of `accelerator`; resumes bit for bit."""
+    """Trains a value model's network to match cached targets, on all processes; resumes bit for bit.
+
+    `order` holds positions among the targets, those excluded from fitting first. `conditions` returns what the
+    backbone reads for some of these positions; it is None where the backbone reads the empty prompt.
+    """
 
     def __init__(
         self,
         recipe: StitchRecipe,
-        accelerator: Accelerator,
+        ranks: RankSync,
         model: StitchedValueModel,
-        targets: Targets,
+        *,
+        targets: TeacherCache,
         order: list[int],
         conditions: Callable[[list[int]], Conditions] | None = None,
     ):
-        """`order` holds places among the targets, those kept out of all fitting first; `conditions` gives what the
-        backbone reads of some of them, where it reads prompts."""
-        self.recipe, self.accelerator, self.model, self.targets = recipe, accelerator, model, targets
-        self.conditions = conditions
+        accelerator = ranks.accelerator
+        self.recipe, self.ranks, self.accelerator, self.model = recipe, ranks, accelerator, model
+        self.targets, self.conditions = targets, conditions
         self.main, tune = accelerator.is_main_process, recipe.finetune
         self.held_out, self.train_indices = order[: recipe.data.held_out], order[recipe.data.held_out :]
         self.steps_per_epoch = max(1, len(self.train_indices) // tune.batch)
@@ -82,16 +90,27 @@ class Distiller:
             num_training_steps=self.steps_per_epoch * tune.epochs,
         )
         self.epoch = self.step = 0
+        self.loss_sum = 0.0  # over the steps of the current epoch
         self.readout = model.readout
 
-    def train(self, tracker: Tracker | None, folder) -> None:
-        """Run the remaining epochs; one row of metrics each."""
+    def train(self, tracker: Tracker | None, folder: Path) -> None:
+        """Run the remaining epochs and log one row of metrics per epoch; `tracker` is the main process's.
+
+        Raises Stopped after a signal to any process, once a checkpoint of the current step is written.
+        """
+        try:
+            self._train(tracker, folder)
+        except Stopped:
+            self.save(folder)
+            total = self.steps_per_epoch * self.recipe.finetune.epochs
+            raise Stopped(f"after step {self.step} of {total}") from None
+
+    def _train(self, tracker: Tracker | None, folder: Path) -> None:
         recipe = self.recipe
-        if self.epoch == 0 and tracker is not None:
+        if self.step == 0 and tracker is not None:
             tracker.log(0, 0, self.measure())
         while self.epoch < recipe.finetune.epochs:
             metrics = self._epoch()
-            self.epoch += 1
             last = self.epoch == recipe.finetune.epochs
             if tracker is not None and (last or self.epoch % recipe.evaluation.every == 0):
                 metrics |= self.measure()
@@ -103,27 +122,32 @@ class Distiller:
                 self.save(folder)
 
     def _epoch(self) -> dict[str, float]:
+        """Run the remaining steps of the current epoch and return its metrics."""
         recipe, tune = self.recipe, self.recipe.finetune
         shuffle = randomness.at(recipe.seed, randomness.ORDER, self.epoch)
         order = [self.train_indices[n] for n in torch.randperm(len(self.train_indices), generator=shuffle).tolist()]
-        total, bar = 0.0, tqdm(range(self.steps_per_epoch), leave=False, disable=not self.main, dynamic_ncols=True)
+        steps = range(self.step - self.epoch * self.steps_per_epoch, self.steps_per_epoch)
+        bar = tqdm(steps, leave=False, disable=not self.main, dynamic_ncols=True)
         bar.set_description(f"epoch {self.epoch + 1} finetune")
-        for step in bar:
-            loss = self._optimizer_step(order[step * tune.batch : (step + 1) * tune.batch])
-            total += loss
-            bar.set_postfix(loss=f"{total / (step + 1):.4f}")
-        return {"train/loss": total / self.steps_per_epoch, "train/learning_rate": self.scheduler.get_last_lr()[-1]}
+        with self.ranks.timings.phase("finetune"):
+            for step in bar:
+                self.loss_sum += self._optimizer_step(order[step * tune.batch : (step + 1) * tune.batch])
+                bar.set_postfix(loss=f"{self.loss_sum / (step + 1):.4f}")
+                self.ranks.sync()
+        mean = self.loss_sum / self.steps_per_epoch
+        self.epoch, self.loss_sum = self.epoch + 1, 0.0
+        return {"train/loss": mean, "train/learning_rate": self.scheduler.get_last_lr()[-1]}
 
     def _optimizer_step(self, indices: list[int]) -> float:
-        """One step on these images over all processes; gradients are reduced once."""
+        """Make one step on these images over all processes and return their mean loss; gradients are reduced once."""
         tune, accelerator = self.recipe.finetune, self.accelerator
         micros = [indices[n : n + tune.micro_batch] for n in range(0, len(indices), tune.micro_batch)]
-        own = share(len(micros), accelerator.process_index, accelerator.num_processes)
+        local = share(len(micros), accelerator.process_index, accelerator.num_processes)
         rounds = -(-len(micros) // accelerator.num_processes)
         total = torch.zeros(1, device=accelerator.device)
         for turn in range(rounds):
-            real = own.start + turn < own.stop
-            micro = micros[own.start + turn] if real else micros[0][:1]
+            real = local.start + turn < local.stop
+            micro = micros[local.start + turn] if real else micros[0][:1]
             sync = turn == rounds - 1
             with contextlib.nullcontext() if sync else accelerator.no_sync(self.network):
                 loss = self._loss(micro).sum() * float(real)
@@ -132,7 +156,7 @@ class Distiller:
         norm = accelerator.clip_grad_norm_(self.network.parameters(), tune.max_gradient_norm)
         if not torch.isfinite(norm):
             raise SharedError(
-                f"the gradient is not finite at step {self.step + 1}: nothing was applied; "
+                f"the gradient is not finite at step {self.step + 1}: the step was not applied; "
                 "lower finetune.learning_rate and resume"
             )
         self.optimizer.step()
@@ -142,35 +166,41 @@ class Distiller:
         return float(accelerator.reduce(total, "sum")) / len(indices)
 
     def _loss(self, indices: list[int]) -> Tensor:
-        """Loss per image, each at its own noise level and noise."""
+        """Return the loss per image; each image has its own noise level and noise."""
         recipe, tune, device = self.recipe, self.recipe.finetune, self.accelerator.device
-        latents, embedding, states = (value.to(device) for value in self.targets.read(indices))
+        latents, target_embedding, target_states = (value.to(device) for value in self.targets.read(indices))
         rows = [self.targets.rows[index] for index in indices]
         draws = [randomness.at(recipe.seed, randomness.TRAINING, self.epoch, row) for row in rows]
         sigma = torch.cat([draw_sigma(1, g, tune.sigma_mean, tune.sigma_std) for g in draws]).to(device)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in draws]).to(device)
         features = self.features(noised(latents, noise, sigma), sigma, indices)
         with torch.autocast(device.type, torch.bfloat16, enabled=tune.mixed_precision == "bf16"):
-            found_states, found = self.network(features)
+            states, embedding = self.network(features)
+        pairs = states, embedding, target_states, target_embedding
         if isinstance(self.readout, AestheticHead):
-            return aesthetic_loss(found_states, found, states, embedding, tune.token_weight, self.readout)
-        return clip_loss(found_states, found, states, embedding, tune.token_weight)
+            return aesthetic_loss(*pairs, tune.token_weight, head=self.readout)
+        return clip_loss(*pairs, tune.token_weight)
 
     @torch.no_grad()
     def features(self, noisy: Tensor, sigma: Tensor, indices: list[int]) -> Tensor:
-        """The frozen backbone's features; no gradient goes there."""
-        own = None if self.conditions is None else self.conditions(indices)
-        return self.model.features(noisy, sigma, own)
+        """Return the frozen backbone's features, without gradient."""
+        conditions = None if self.conditions is None else self.conditions(indices)
+        return self.model.features(noisy, sigma, conditions)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """On the held-out images, per noise level: cosine with the target embedding, and Spearman of the scores."""
+        """Measure the model on the held-out images at each noise level.
+
+        The metrics are the cosine with the target embedding and, for the aesthetic reward, Spearman's correlation of
+        the scores.
+        """
         from scipy.stats import spearmanr
 
-        network, found = self.accelerator.unwrap_model(self.network).eval(), {}
+        metrics: dict[str, float] = {}
+        network = self.accelerator.unwrap_model(self.network).eval()
         size, device = self.recipe.finetune.micro_batch, self.accelerator.device
         for sigma in self.recipe.evaluation.sigmas:
-            cosines, scores, wanted = [], [], []
+            cosines, scores, target_scores = [], [], []
             for start in range(0, len(self.held_out), size):
                 indices = self.held_out[start : start + size]
                 latents, target = (v.to(device) for v in self.targets.read(indices, ("latents", "embedding")))
@@ -181,31 +211,37 @@ class Distiller:
                 cosines.append((embedding * target).sum(1).cpu())
                 if isinstance(self.readout, AestheticHead):
                     scores.append(self.readout(embedding).cpu())
-                    wanted.append(self.readout(target).cpu())
-            found[f"cosine/sigma_{sigma:g}"] = float(torch.cat(cosines).mean())
+                    target_scores.append(self.readout(target).cpu())
+            metrics[f"cosine/sigma_{sigma:g}"] = float(torch.cat(cosines).mean())
             if scores:
-                found[f"spearman/sigma_{sigma:g}"] = float(spearmanr(torch.cat(scores), torch.cat(wanted)).statistic)
+                correlation = spearmanr(torch.cat(scores), torch.cat(target_scores)).statistic
+                metrics[f"spearman/sigma_{sigma:g}"] = float(correlation)
         network.train()
-        return found
+        return metrics
 
-    def save(self, folder) -> None:
+    def save(self, folder: Path) -> None:
         """Write a checkpoint of the network, the optimizer and the counters."""
-        if self.main:
-            network = self.accelerator.unwrap_model(self.network)
-            tensors = {
-                "network": dict(network.state_dict()),
-                "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer),
-            }
-            state = {"epoch": self.epoch, "step": self.step, "scheduler": self.scheduler.state_dict()}
-            checkpoint.save(folder / "checkpoints", self.epoch, tensors, state, self.recipe.checkpoint)
-        self.accelerator.wait_for_everyone()
+        with self.ranks.together(), self.ranks.timings.phase("save"):
+            if self.main:
+                network = self.accelerator.unwrap_model(self.network)
+                tensors = {
+                    "network": dict(network.state_dict()),
+                    "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer),
+                }
+                state = {
+                    "epoch": self.epoch,
+                    "step": self.step,
+                    "loss_sum": self.loss_sum,
+                    "scheduler": self.scheduler.state_dict(),
+                }
+                checkpoint.save(folder / "checkpoints", self.epoch, tensors, state, self.recipe.checkpoint)
 
-    def resume(self, path) -> None:
-        """Go on from a checkpoint folder."""
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint folder."""
         tensors, state = checkpoint.load(path)
         self.accelerator.unwrap_model(self.network).load_state_dict(tensors["network"])
         checkpoint.load_optimizer(self.optimizer.optimizer, tensors["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.step, self.loss_sum = state["epoch"], state["step"], state.get("loss_sum", 0.0)

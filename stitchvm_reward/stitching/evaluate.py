@@ -1,4 +1,4 @@
-"""How good are value models (stitched to blocks or to the raw latent), beside Tweedie's estimate and Monte Carlo."""
+"""The quality of value models of one reward, compared with Tweedie's estimate and with Monte Carlo rollouts."""
 
 import functools
 from dataclasses import dataclass
@@ -10,16 +10,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stitchvm_reward.diffusion.backbone import BackboneHead
-from stitchvm_reward.diffusion.generator import Conditions, Generator, PromptEmbeddings, encode
+from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.diffusion.path import denoised, noised
-from stitchvm_reward.diffusion.solvers import sde_step, sigma_schedule
+from stitchvm_reward.diffusion.prompt_cache import PromptCache
+from stitchvm_reward.diffusion.recipe import ModelRecipe
+from stitchvm_reward.diffusion.solvers import sde_step
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.families.family import Conditions
+from stitchvm_reward.measure import timed
 from stitchvm_reward.rewards import find_function, load_reward
 from stitchvm_reward.rewards.aesthetic import AestheticReward
 from stitchvm_reward.rewards.clip import ClipReward
+from stitchvm_reward.rewards.recipe import RewardRecipe
 from stitchvm_reward.runs import randomness
 from stitchvm_reward.runs.run_folder import arm_of
-from stitchvm_reward.stitching.benchmark import timed
 from stitchvm_reward.stitching.images import find_images
 from stitchvm_reward.stitching.value_model import StitchedValueModel, levels, read_config
 
@@ -27,8 +31,8 @@ MEASURES = ("spearman_clean", "spearman_true", "recall_text", "recall_image")
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is measured: on how many images, at which levels, against how many rollouts."""
+class ValueEvaluationConfig:
+    """What is measured: on how many images, at which noise levels and against how many rollouts."""
 
     images: str
     count: int
@@ -43,85 +47,84 @@ class Question:
 
 
 def _names(folders: list[Path]) -> dict[str, Path]:
-    """Folders by the run that wrote them. Raises InputError where two have one name."""
+    """Return the folders by the name of the run that wrote them. Raises InputError if two have the same name."""
     names = [folder.resolve().parent.name if folder.name == "value_model" else folder.name for folder in folders]
     for name in names:
         if names.count(name) > 1 or name in ("clean", "tweedie", "monte carlo"):
-            raise InputError(f"every value model needs a name of its own, {name} is taken; rename its run folder")
+            raise InputError(f"every value model needs a unique name, {name} is taken; rename its run folder")
     return dict(zip(names, folders, strict=True))
 
 
-def _one_of_all(configs: dict[str, dict]) -> dict:
-    """The first of some value models' configurations. Raises InputError unless all stand for one reward."""
-    (first, one), *others = configs.items()
+def _common_config(configs: dict[str, dict]) -> dict:
+    """Return the first of several configurations. Raises InputError unless all have one reward and one backbone."""
+    (first, config), *others = configs.items()
     for name, other in others:
         for key in ("reward", "backbone"):
-            if any(one[key].get(part) != other[key].get(part) for part in ("kind", "path", "head")):
-                raise InputError(f"{name} and {first} have not the same {key}; compare models of one reward only")
-    return one
+            if any(config[key].get(part) != other[key].get(part) for part in ("kind", "path", "head")):
+                raise InputError(f"{name} and {first} do not have the same {key}; compare models of one reward only")
+    return config
 
 
 class Evaluation:
-    """Value models of one reward, the generator and that reward itself, and images to compare them on."""
+    """Value models of one reward, the generator, the reward itself, and the images on which they are compared."""
 
-    def __init__(self, folders: list[Path], truth: str | None, question: Question, device: torch.device):
-        self.question, self.device = question, device
+    def __init__(self, folders: list[Path], truth: str | None, recipe: ValueEvaluationConfig, device: torch.device):
+        self.recipe, self.device = recipe, device
         self.truth = None if truth is None else find_function(truth)
         named = _names(folders)
-        config = _one_of_all({name: read_config(folder) for name, folder in named.items()})
-        own, reward = config["backbone"], config["reward"]
-        dtype = getattr(torch, own["dtype"])
-        self.generator = Generator.load(own["path"], dtype, device, config["resolution"])
-        head = BackboneHead(self.generator.transformer)
+        config = _common_config({name: read_config(folder) for name, folder in named.items()})
+        backbone, reward = config["backbone"], config["reward"]
+        names = ("path", "dtype", "resolution", "text_length", "guidance")
+        model = ModelRecipe(**{name: backbone[name] for name in names})
+        self.generator = Generator.load(model, device)
+        head = BackboneHead.of(self.generator)
         self.models = {name: StitchedValueModel.from_pretrained(folder, device, head) for name, folder in named.items()}
         self.null = next(iter(self.models.values())).null
-        self.reward = load_reward(reward["kind"], reward["path"], reward["head"], "", device)
-        assert isinstance(self.reward, AestheticReward | ClipReward)  # what a value model can be stitched from
+        self.reward = load_reward(RewardRecipe(kind=reward["kind"], model=reward["path"], head=reward["head"]), device)
+        assert isinstance(self.reward, AestheticReward | ClipReward)  # value models are stitched from these only
         self.texts = self.reward.texts if isinstance(self.reward, ClipReward) else None
         self.reads_captions = any(model.conditioning == "prompt" for model in self.models.values())
         self.tower = self.reward.tower
-        self.methods = [*self.models, "tweedie", *(["monte carlo"] if question.rollouts else [])]
+        self.methods = [*self.models, "tweedie", *(["monte carlo"] if recipe.rollouts else [])]
         self.images, self.captions = self._load(config["resolution"])
-        self.embeddings = PromptEmbeddings(own["path"], question.cache, own["t5_length"], dtype, device)
+        self.prompt_cache = PromptCache(model, recipe.cache, device)
         if self.reads_captions:
-            self.embeddings.ensure(self.captions)
-        with torch.no_grad():
-            parts = self.images.split(question.micro_batch)
-            self.latents = torch.cat([encode(self.generator.vae, part).cpu() for part in parts])
+            self.prompt_cache.ensure(self.captions)
+        parts = self.images.split(recipe.micro_batch)
+        self.latents = torch.cat([self.generator.encode(part).cpu() for part in parts])
 
     def _load(self, side: int) -> tuple[Tensor, list[str]]:
-        found, question = find_images(self.question.images, "train", "image", "text", 0), self.question
+        recipe = self.recipe
+        image_set = find_images(recipe.images, "train", "image", "text", 0)
         images, captions = [], []
-        for index in range(len(found)):
+        for index in range(len(image_set)):
             needed = self.texts is not None or self.reads_captions or self.truth is not None
-            caption = found.caption(index) if needed else ""
+            caption = image_set.caption(index) if needed else ""
             if self.texts is not None and caption in captions:
-                continue  # retrieval needs one right answer
-            image = found.load(index, side)
+                continue  # retrieval needs a unique answer
+            image = image_set.load(index, side)
             if image is not None:
                 images.append(image)
                 captions.append(caption)
-            if len(images) == question.count:
+            if len(images) == recipe.count:
                 return torch.stack(images), captions
-        raise InputError(
-            f"{question.images} has {len(images)} images that can be used, {question.count} were asked for"
-        )
+        raise InputError(f"{recipe.images} has {len(images)} usable images, {recipe.count} were requested")
 
     def noisy(self, sigma: float, rows: range) -> Tensor:
-        """Latents of some images at a level, each with noise of its own address."""
+        """Return the latents of some images at a level; each image has its own noise."""
         clean = self.latents[rows.start : rows.stop]
-        address = (self.question.seed, randomness.EVALUATION, int(sigma * 1e6))
+        address = (self.recipe.seed, randomness.EVALUATION, int(sigma * 1e6))
         return noised(clean, randomness.noise(clean.shape[1:], *address, list(rows)), torch.full((len(clean),), sigma))
 
     def tweedie(self, latents: Tensor, sigma: float) -> Tensor:
-        """Images of Tweedie's estimate of the clean latents."""
+        """Return the images of Tweedie's estimate of the clean latents."""
         level = torch.full((len(latents),), sigma, device=self.device)
         velocity = self.generator.velocity(latents, level, self.null.expand(len(latents))).float()
         return self.generator.decode(denoised(latents, velocity, torch.tensor(sigma)))
 
     def rolled_out(self, latents: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
-        """Images of one stochastic rollout of each latent down to level 0."""
-        grid = sigma_schedule(self.question.rollout_steps, self.generator.shift)
+        """Return the images of one stochastic rollout of each latent to level 0."""
+        grid = self.generator.sigmas(self.recipe.rollout_steps)
         schedule = [sigma, *(level for level in grid if level < sigma - 0.02)]
         for now, following in zip(schedule, schedule[1:]):
             level = torch.full((len(latents),), now, device=self.device)
@@ -132,39 +135,38 @@ class Evaluation:
         return self.generator.decode(latents)
 
     def _conditions(self, method: str, texts: list[str]) -> Conditions | None:
-        """What a model's backbone reads of captions, where it reads them."""
+        """Return the conditions of the captions, or None if the model's backbone does not read them."""
         reads = self.models[method].conditioning == "prompt"
-        return self.embeddings.conditions(texts) if reads else None
+        return self.prompt_cache.conditions(texts) if reads else None
 
     @torch.no_grad()
     def value(
-        self, method: str, latents: Tensor, sigma: float, texts: list[str], seed: int, rollouts: int = 0
+        self, method: str, latents: Tensor, sigma: float, texts: list[str], *, seed: int, rollouts: int = 0
     ) -> Tensor:
-        """One method's estimate of the reward, (batch,) float32 on the CPU."""
+        """Return a method's estimate of the reward, (batch,) float32 on the CPU."""
         latents = latents.to(self.device)
         if method in self.models:
             return self.models[method].score(latents, sigma, texts, self._conditions(method, texts)).cpu()
         if method == "tweedie":
             return self.reward.score(self.tweedie(latents, sigma), texts).cpu()
         generator = torch.Generator().manual_seed(seed)
-        count = rollouts or self.question.rollouts
+        count = rollouts or self.recipe.rollouts
         drawn = [self.reward.score(self.rolled_out(latents, sigma, generator), texts).cpu() for _ in range(count)]
         return torch.stack(drawn).mean(0)
 
     @torch.no_grad()
     def embedding(self, method: str, latents: Tensor, sigma: float, texts: list[str]) -> Tensor:
-        """One method's normalised image embedding, for retrieval."""
+        """Return a method's normalised image embeddings, for retrieval."""
         latents = latents.to(self.device)
         if method in self.models:
             model = self.models[method]
-            return model.network(model.features(latents, levels(sigma, latents), self._conditions(method, texts)))[
-                1
-            ].cpu()
+            features = model.features(latents, levels(sigma, latents), self._conditions(method, texts))
+            return model.network(features)[1].cpu()
         return self.tower.embed(self.tweedie(latents, sigma)).cpu()
 
     def rows(self) -> list[range]:
-        """The images in micro batches."""
-        size, count = self.question.micro_batch, len(self.images)
+        """Return the positions of the images in micro batches."""
+        size, count = self.recipe.micro_batch, len(self.images)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -173,13 +175,17 @@ def _rank(first: Tensor, second: Tensor) -> float:
 
 
 def recall(images: Tensor, texts: Tensor) -> tuple[float, float]:
-    """Share of images whose nearest text is their own, and of texts whose nearest image is."""
-    similarity, own = images @ texts.T, torch.arange(len(images))
-    return float((similarity.argmax(1) == own).float().mean()), float((similarity.argmax(0) == own).float().mean())
+    """Return the share of images whose nearest text is their own, and of texts whose nearest image is their own."""
+    similarity, target = images @ texts.T, torch.arange(len(images))
+    to_text, to_image = similarity.argmax(1) == target, similarity.argmax(0) == target
+    return float(to_text.float().mean()), float(to_image.float().mean())
 
 
 def quality(evaluation: Evaluation) -> list[dict]:
-    """One row a method and level: Spearman with the clean reward and with the true score, recall both ways."""
+    """Return one row per method and level.
+
+    A row holds Spearman's correlation with the clean reward and with the true score, and recall in both directions.
+    """
     rows, texts = evaluation.rows(), evaluation.captions
     with torch.no_grad():
         clean = torch.cat(
@@ -191,59 +197,57 @@ def quality(evaluation: Evaluation) -> list[dict]:
     text_embedding = None if reader is None else reader.embed(texts).cpu()
 
     def row(method: str, sigma: float | None, values: Tensor, embedding: Tensor | None) -> dict:
-        found: dict = {"method": method, "sigma": sigma, "spearman_clean": _rank(values, clean)}
+        measures: dict = {"method": method, "sigma": sigma, "spearman_clean": _rank(values, clean)}
         if truth is not None:
-            found["spearman_true"] = _rank(values, truth)
+            measures["spearman_true"] = _rank(values, truth)
         if text_embedding is not None and embedding is not None:
-            found["recall_text"], found["recall_image"] = recall(embedding, text_embedding)
-        return found
+            measures["recall_text"], measures["recall_image"] = recall(embedding, text_embedding)
+        return measures
 
     table = [row("clean", None, clean, embedded)]
-    for sigma in tqdm(evaluation.question.sigmas, desc="levels"):
+    for sigma in tqdm(evaluation.recipe.sigmas, desc="levels"):
         for method in evaluation.methods:
             values, embeddings = [], []
             for r in rows:
                 latents = evaluation.noisy(sigma, r)
-                own = texts[r.start : r.stop]
+                part = texts[r.start : r.stop]
                 if reader is not None and method != "monte carlo":
-                    embeddings.append(evaluation.embedding(method, latents, sigma, own))
-                    values.append(reader.score(embeddings[-1], own))
+                    embeddings.append(evaluation.embedding(method, latents, sigma, part))
+                    values.append(reader.score(embeddings[-1], part))
                 else:
-                    values.append(evaluation.value(method, latents, sigma, own, seed=r.start))
+                    values.append(evaluation.value(method, latents, sigma, part, seed=r.start))
             table.append(row(method, sigma, torch.cat(values), torch.cat(embeddings) if embeddings else None))
     return table
 
 
 def truth_error(evaluation: Evaluation) -> list[dict]:
-    """Mean squared error of each method against many rollouts, on a few latents, by level."""
-    question, found = evaluation.question, []
-    rows = range(min(question.truth_latents, len(evaluation.images)))
+    """Return the mean squared error of each method against many rollouts, on a few latents, by level."""
+    recipe, table = evaluation.recipe, []
+    rows = range(min(recipe.truth_latents, len(evaluation.images)))
     texts = evaluation.captions[: len(rows)]
-    for sigma in question.sigmas:
+    for sigma in recipe.sigmas:
         latents = evaluation.noisy(sigma, rows)
-        truth = evaluation.value("monte carlo", latents, sigma, texts, 10_001, question.truth_rollouts)
+        truth = evaluation.value("monte carlo", latents, sigma, texts, seed=10_001, rollouts=recipe.truth_rollouts)
         for method in evaluation.methods:
-            values = evaluation.value(method, latents, sigma, texts, 20_002)
+            values = evaluation.value(method, latents, sigma, texts, seed=20_002)
             error = float((values - truth).square().mean())
-            found.append(
-                {"method": method, "sigma": sigma, "squared_error": error, "rollouts": question.truth_rollouts}
-            )
-    return found
+            table.append({"method": method, "sigma": sigma, "squared_error": error, "rollouts": recipe.truth_rollouts})
+    return table
 
 
 def cost(evaluation: Evaluation, repeats: int = 5) -> list[dict]:
-    """Milliseconds, GFLOP and, on a GPU, peak MiB of one score, in micro batches at level .5, all in this one run."""
-    question, found = evaluation.question, []
-    size = min(question.micro_batch, len(evaluation.images))
+    """Return milliseconds, GFLOP and, on a GPU, peak MiB of one score, in micro batches at level 0.5."""
+    table = []
+    size = min(evaluation.recipe.micro_batch, len(evaluation.images))
     latents, texts = evaluation.noisy(0.5, range(size)), evaluation.captions[:size]
     for method in evaluation.methods:
-        score = functools.partial(evaluation.value, method, latents, 0.5, texts, 0)
-        found.append({"method": method, "sigma": None, **timed(score, size, evaluation.device, repeats)})
-    return found
+        score = functools.partial(evaluation.value, method, latents, 0.5, texts, seed=0)
+        table.append({"method": method, "sigma": None, **timed(score, size, evaluation.device, repeats)})
+    return table
 
 
 def _cells(rows: list[dict], measure: str, sigma: float | None) -> str:
-    """Mean of a measure over runs, with the standard error of it where there are several."""
+    """Return the mean of a measure over runs, with its standard error if there are several."""
     values = [row[measure] for row in rows if row["sigma"] == sigma and row.get(measure) is not None]
     if not values:
         return f"{'-':>14}"
@@ -262,7 +266,7 @@ def _by_arm(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def report(table: list[dict], errors: list[dict], costs: list[dict]) -> str:
-    """All three as text, one line a method and one column a level; models that differ in -seedN are one method."""
+    """Return all three as text: one line per method, one column per level. Models named -seedN form one method."""
     sigmas = sorted({row["sigma"] for row in table if row["sigma"] is not None})
     head = "".join(f"{sigma:>14g}" for sigma in sigmas)
     width = max(len(row["method"]) for row in table) + 2
@@ -283,7 +287,7 @@ def report(table: list[dict], errors: list[dict], costs: list[dict]) -> str:
 
 
 def draw(table: list[dict], path: Path) -> None:
-    """Each measure over the noise level as PNG, one curve a method with all of its runs, clean images dotted."""
+    """Draw each measure over the noise level as PNG: a curve per method, a point per run, clean images dotted."""
     from matplotlib.figure import Figure
 
     measures = [measure for measure in MEASURES if measure in table[0]]

@@ -1,4 +1,4 @@
-"""Unlabelled images: a folder of files or a `datasets` name, cut to squares of one size."""
+"""Unlabelled images from a folder or a hub data set, cropped to squares of one size."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Names of images, how to read the bytes of one, and its caption where there is one. `key` identifies the set."""
+    """Images by name. `read` returns the bytes of an image, `caption` its caption; `key` identifies the set."""
 
     names: list[str]
     read: Callable[[int], bytes]
@@ -32,7 +32,7 @@ class ImageSet:
         return len(self.names)
 
     def load(self, index: int, side: int) -> Tensor | None:
-        """The image as (3, side, side) float32 in [0, 1], its middle square; None where the file is broken or empty."""
+        """Return an image's centre square, (3, side, side) float32 in [0, 1]; None if the file is broken or empty."""
         try:
             with Image.open(io.BytesIO(self.read(index))) as opened:
                 pixels = np.asarray(opened.convert("RGB"))
@@ -45,15 +45,15 @@ class ImageSet:
 
 
 def find_images(source: str, split: str, column: str, captions: str, limit: int) -> ImageSet:
-    """The images of a folder, in the order of their names, or of a hub data set.
+    """Return the images of a folder, in the order of their names, or of a hub data set.
 
-    Raises InputError when the folder or data set is missing, or holds no image.
+    Raises InputError if the folder or data set is missing or has no images.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[: limit or None]
         if not paths:
-            raise InputError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
+            raise InputError(f"{folder} has no images ({', '.join(SUFFIXES)})")
         digest = hashlib.sha256("".join(f"{p.relative_to(folder)}:{p.stat().st_size};" for p in paths).encode())
         return ImageSet(
             [str(path.relative_to(folder)) for path in paths],
@@ -84,13 +84,13 @@ def _from_hub(source: str, split: str, column: str, captions: str, limit: int) -
     try:
         table = load_dataset(source, split=split)
     except (DatasetNotFoundError, DatasetGenerationError, FileNotFoundError, ConnectionError, ValueError) as error:
-        raise InputError(f"data set {source} cannot be had: {str(error).splitlines()[0]}") from None
+        raise InputError(f"data set {source} cannot be loaded: {str(error).splitlines()[0]}") from None
     if column not in table.column_names:
         raise InputError(f"{source} has no column {column!r} (data.column): {nearest(column, table.column_names)}")
-    table = table.cast_column(column, ImageFeature(decode=False))  # a broken image must not stop the others
+    table = table.cast_column(column, ImageFeature(decode=False))  # one broken image must not stop the run
     count = min(limit or len(table), len(table))
     if not count:
-        raise InputError(f"{source} holds no images")
+        raise InputError(f"{source} has no images")
 
     def read(index: int) -> bytes:
         item = table[index][column]

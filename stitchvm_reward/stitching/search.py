@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stitchvm_reward.diffusion.backbone import BackboneHead
-from stitchvm_reward.diffusion.generator import Conditions
+from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.stitching.layer import resample
 
 
@@ -15,8 +15,8 @@ from stitchvm_reward.stitching.layer import resample
 class Probe:
     """Features of the same images on the reward model's patch grid.
 
-    `backbone` maps block i to (images, patches, width_i) of noisy latents, `reward` block j to (images, patches,
-    width_j) of the clean images: what block j is given. `class_states` maps j to the class token there (j > 1).
+    `backbone` maps block i to its output (images, patches, width_i) for noisy latents. `reward` maps block j to its
+    input (images, patches, width_j) for the clean images, `class_states` to the class token there (j > 1).
     """
 
     backbone: dict[int, Tensor]
@@ -26,7 +26,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Search:
-    """Mean squared residuals by (i, j), of the images fitted and of others, and the targets' variance by j."""
+    """Mean squared residuals of pairs (i, j) on the fitted and on the held-out images; variance of the targets by j."""
 
     blocks: list[int]
     reward_blocks: list[int]
@@ -35,7 +35,7 @@ class Search:
     variance: Tensor
 
     def best(self, blocks: list[int] | None = None, reward_blocks: list[int] | None = None) -> tuple[int, int]:
-        """The pair (i, j) with the smallest held-out residual; block 0, the latent itself, only on request."""
+        """Return the pair (i, j) with the smallest held-out residual; block 0, the latent itself, only on request."""
         rows = [i for i in self.blocks if i in (blocks or [b for b in self.blocks if b > 0])]
         columns = [j for j in self.reward_blocks if j in (reward_blocks or self.reward_blocks)]
         residual = {
@@ -46,7 +46,7 @@ class Search:
         return min(residual, key=residual.__getitem__)
 
     def table(self) -> list[dict[str, float]]:
-        """One row a pair: block, reward_block, fit, held_out, unexplained (share of the targets' variance)."""
+        """Return one row per pair: block, reward_block, fit, held_out, unexplained (share of the targets' variance)."""
         return [
             {
                 "block": i,
@@ -62,15 +62,18 @@ class Search:
 
 @torch.no_grad()
 def backbone_features(
-    head: BackboneHead, latents: Tensor, sigma: Tensor, conditions: Conditions, blocks: list[int], side: int
+    head: BackboneHead, latents: Tensor, sigma: Tensor, conditions: Conditions, *, blocks: list[int], side: int
 ) -> dict[int, Tensor]:
-    """Features after each of `blocks` on a side x side grid, (batch, patches, width), on the CPU."""
-    found = head.features(latents, sigma, conditions, blocks)
-    return {i: resample(h, side).flatten(2).transpose(1, 2).cpu() for i, h in found.items()}
+    """Return the features after each of `blocks` on a side x side grid, (batch, patches, width), on the CPU."""
+    features = head.features(latents, sigma, conditions, blocks)
+    return {i: resample(h, side).flatten(2).transpose(1, 2).cpu() for i, h in features.items()}
 
 
 def solve(features: Tensor, targets: Tensor) -> Tensor:
-    """W, (width + 1, target width) float64, least squares of targets on features and a constant; both (rows, width)."""
+    """Return W, (width + 1, target width) float64: least squares of targets on features and a constant.
+
+    Both are (rows, width).
+    """
     return torch.linalg.lstsq(_design(features), targets.double()).solution
 
 
@@ -79,7 +82,7 @@ def _design(features: Tensor) -> Tensor:
 
 
 def search(probe: Probe, fitted: int) -> Search:
-    """Fit every pair on the first `fitted` images, judge it on those and on the others; all in float64."""
+    """Fit every pair on the first `fitted` images and measure it on those and on the others, in float64."""
     blocks, reward_blocks = sorted(probe.backbone), sorted(probe.reward)
     widths = [probe.reward[j].shape[-1] for j in reward_blocks]
     targets = torch.cat([probe.reward[j].double() for j in reward_blocks], dim=-1)
@@ -96,10 +99,10 @@ def search(probe: Probe, fitted: int) -> Search:
     return Search(blocks, reward_blocks, fit, held_out, torch.tensor(variance, dtype=torch.float64))
 
 
-def start(probe: Probe, block: int, reward_block: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """How a pair starts: W, and for j > 1 the class token's mean state and an offset of each position.
+def initial_weights(probe: Probe, block: int, reward_block: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the initial weights of a pair: W and, for j > 1, the class token's mean state and position offsets.
 
-    Beyond the first block the targets hold position embeddings; W and the offsets are then fitted together.
+    Beyond the first block, the targets contain position embeddings; W and the offsets are then fitted jointly.
     """
     features, targets = probe.backbone[block].double(), probe.reward[reward_block].double()
     if reward_block == 1:
@@ -109,22 +112,24 @@ def start(probe: Probe, block: int, reward_block: int) -> tuple[Tensor, Tensor |
     return solution, probe.class_states[reward_block].mean(0), offsets
 
 
-def heat_map(found: Search, path: Path) -> None:
-    """Draw the residuals of all pairs, fitted and held out, as a PNG."""
+def heat_map(result: Search, path: Path) -> None:
+    """Draw the residuals of all pairs on the fitted and on the held-out images, as a PNG file."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3 + 1.5 * len(found.reward_blocks), 1.6 + 0.42 * len(found.blocks)), layout="constrained")
-    for place, (title, values) in enumerate((("fitted", found.fit), ("held out", found.held_out)), start=1):
+    figure = Figure(
+        figsize=(3 + 1.5 * len(result.reward_blocks), 1.6 + 0.42 * len(result.blocks)), layout="constrained"
+    )
+    for place, (title, values) in enumerate((("fitted", result.fit), ("held out", result.held_out)), start=1):
         axes = figure.add_subplot(1, 2, place)
         axes.imshow(values.log(), cmap="viridis_r", aspect="auto")
-        axes.set_xticks(range(len(found.reward_blocks)), [str(j) for j in found.reward_blocks])
-        axes.set_yticks(range(len(found.blocks)), ["latent" if i == 0 else str(i) for i in found.blocks])
+        axes.set_xticks(range(len(result.reward_blocks)), [str(j) for j in result.reward_blocks])
+        axes.set_yticks(range(len(result.blocks)), ["latent" if i == 0 else str(i) for i in result.blocks])
         axes.set_xlabel("reward block j")
         axes.set_ylabel("backbone block i")
         axes.set_title(f"mean squared residual, {title}")
         middle = values.log().mean()
-        for row in range(len(found.blocks)):
-            for column in range(len(found.reward_blocks)):
+        for row in range(len(result.blocks)):
+            for column in range(len(result.reward_blocks)):
                 value = values[row, column]
                 colour = "white" if value.log() > middle else "black"
                 axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color=colour)

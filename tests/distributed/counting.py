@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from nft.config import load_recipe
 from nft.trainer import Trainer
-from stitchvm_reward.runs.launcher import leave, make_accelerator
+from stitchvm_reward.runs.launcher import shutdown, make_accelerator
 
 # Where Linux from 4.19 on keeps the bytes sent in its struct tcp_info.
 SENT = 200
@@ -91,7 +91,7 @@ def main(plan: Path) -> None:
         if accelerator.is_main_process:
             Path(run["out"]).write_text(json.dumps(found))
         accelerator.free_memory()
-    leave(accelerator)
+    shutdown(accelerator)
 
 
 if __name__ == "__main__":

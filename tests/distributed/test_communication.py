@@ -1,4 +1,4 @@
-"""Two processes exchange what nft.communication counts, and nothing else: no weight, latent, picture or embedding."""
+"""Two processes exchange what nft.cost.communication counts, and nothing else: no weight, latent, picture or embedding."""
 
 import json
 from collections import Counter
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nft.communication import Message, bytes_per_epoch, bytes_per_evaluation
+from nft.cost.communication import Message, bytes_per_epoch, bytes_per_evaluation
 from nft.config import load_recipe
 from tests.distributed.launching import start
 from tests.tiny import RECIPE, STOPPED

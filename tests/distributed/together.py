@@ -17,10 +17,10 @@ from accelerate import Accelerator
 import nft.update
 from nft.config import load_recipe
 from nft.trainer import Trainer
-from stitchvm_reward.command import answer
-from stitchvm_reward.diffusion.generator import PromptEmbeddings
-from stitchvm_reward.runs.agreement import Agreement, Stopped
-from stitchvm_reward.runs.launcher import leave, make_accelerator
+from stitchvm_reward.command import run_command
+from stitchvm_reward.diffusion.generator import PromptCache
+from stitchvm_reward.runs.rank_sync import RankSync, Stopped
+from stitchvm_reward.runs.launcher import shutdown, make_accelerator
 from stitchvm_reward.runs.tracking import Timings
 
 PHASE, LOSS = Timings.phase, nft.update.rollout_loss
@@ -30,13 +30,13 @@ RECIPE = "recipes/shapes/aesthetic.yaml"
 def send_signal(phase: str, at: int) -> None:
     entered = []
 
-    def watched(self, name):
+    def watchdog(self, name):
         entered.append(name)
         if name == phase and entered.count(phase) == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return PHASE(self, name)
 
-    Timings.phase = watched
+    Timings.phase = watchdog
 
 
 def go_wrong(kind: str, trainer: Trainer) -> None:
@@ -71,15 +71,15 @@ def broken(*arguments, **options):
 
 def train(run: dict, accelerator: Accelerator) -> bool:
     Timings.phase = PHASE
-    agreement, rank = Agreement(accelerator), accelerator.process_index
-    agreement.listen()
+    ranks, rank = RankSync(accelerator), accelerator.process_index
+    ranks.listen()
     recipe, fault = load_recipe(RECIPE, run["overrides"]), run.get("fault", [None])
     if fault == [rank, "encode_raises"]:
-        PromptEmbeddings.ensure = broken
+        PromptCache.ensure = broken
     if run.get("signal", [None])[0] == rank:
         send_signal(*run["signal"][1:])
     try:
-        trainer = Trainer(recipe, accelerator, agreement)
+        trainer = Trainer(recipe, accelerator, ranks)
     except Stopped:
         return False
     if fault[0] == rank:
@@ -93,9 +93,9 @@ def main(plan: Path) -> int:
         finished = train(run, accelerator)
         accelerator.free_memory()  # DeepSpeed has one engine at a time
         Path(f"{run['out']}.finished-{accelerator.process_index}").write_text(str(finished))
-    leave(accelerator)
+    shutdown(accelerator)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(answer(lambda: main(Path(sys.argv[1]))))
+    sys.exit(run_command(lambda: main(Path(sys.argv[1]))))

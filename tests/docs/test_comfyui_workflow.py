@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nft.lora import LORA_NAME
+from nft.export.lora import LORA_NAME
 
 FOLDER = Path("docs/comfyui")
 # What ComfyUI's nodes call their widgets, in the order in which the interface keeps their values. The interface adds

@@ -9,7 +9,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from nft.benchmark import encode_cost, measure
+from nft.cost.benchmark import encode_cost, measure
 from nft.config import load_recipe
 from stitchvm_reward.diffusion.architectures import (
     TEXT_ENCODERS,
@@ -21,7 +21,7 @@ from stitchvm_reward.errors import InputError
 from stitchvm_reward.stitching.benchmark import flop_counter
 
 CPU = torch.device("cpu")
-SMALL = ("rollout.micro_batch=2", "lora.rank=4", "model.t5_length=5")
+SMALL = ("rollout.micro_batch=2", "lora.rank=4", "model.text_length=5")
 
 
 def by_phase(recipe: str, *more: str) -> dict[str, dict]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nft.compare import draw, reached, read_curve, table
+from nft.evaluation.compare import draw, reached, read_curve, table
 from stitchvm_reward.errors import InputError
 
 

@@ -140,7 +140,7 @@ def test_a_wrong_type_is_refused_by_key(load, override, key):
         "model.dtype=float8",
         "model.resolution=500",
         "model.resolution=0",
-        "model.t5_length=0",
+        "model.text_length=0",
         "rollout.groups=0",
         "rollout.group_size=1",
         "rollout.micro_batch=0",

@@ -6,7 +6,7 @@ import torch
 from nft.config import load_recipe
 from nft.geometry import geometry_of
 from nft.objective import draft_loss
-from nft.plan import costs, memory, work, work_lines
+from nft.cost.plan import costs, memory, work, work_lines
 from nft.rollout import sample
 from nft.update import draft_rollout_loss
 from stitchvm_reward.diffusion.generator import Conditions

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from nft.card import Texts
-from nft.evaluate_images import compare, evaluate_images, interval, table
-from nft.export import export
-from nft.lora import LORA_NAME
-from nft.trained import read_trained
+from nft.export.card import Texts
+from nft.evaluation.measure import compare, evaluate_images, interval, table
+from nft.export.files import export
+from nft.export.lora import LORA_NAME
+from nft.export.trained import read_trained
 from stitchvm_reward.errors import InputError
 
 MEASURES = ["aesthetic", "total", "checker", "checker_share", "true_aesthetic"]

@@ -14,15 +14,15 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import nft.card
-import nft.export
-import nft.lora
-from nft.card import FORMATS, Texts
+import nft.export.card
+import nft.export.files
+import nft.export.lora
+from nft.export.card import FORMATS, Texts
 from nft.config import load_recipe
-from nft.export import export
-from nft.lora import LORA_NAME
+from nft.export.files import export
+from nft.export.lora import LORA_NAME
 from nft.policy import ADAPTERS, Policy
-from nft.trained import base_configuration, read_trained
+from nft.export.trained import base_configuration, read_trained
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint, randomness
 from stitchvm_reward.runs.recipe import DTYPES, CheckpointRecipe, dump
@@ -120,11 +120,11 @@ def test_every_cast_verifies_and_is_written(kind, dtype, trained, tmp_path):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_an_export_without_its_scale_does_not_verify_and_leaves_no_file(kind, trained, tmp_path, monkeypatch):
     unscaled = dict.fromkeys(trained.scaling, 1.0)  # it is 2
-    true_tensors, true_config = nft.lora.lora_tensors, nft.export.LoraConfig
+    true_tensors, true_config = nft.export.lora.lora_tensors, nft.export.files.LoraConfig
     if kind == "comfyui":
-        monkeypatch.setattr(nft.lora, "lora_tensors", lambda matrices, scaling, dtype: true_tensors(matrices, unscaled))
+        monkeypatch.setattr(nft.export.lora, "lora_tensors", lambda matrices, scaling, dtype: true_tensors(matrices, unscaled))
     elif kind == "peft":
-        monkeypatch.setattr(nft.export, "LoraConfig", lambda **given: true_config(**given | {"lora_alpha": given["r"]}))
+        monkeypatch.setattr(nft.export.files, "LoraConfig", lambda **given: true_config(**given | {"lora_alpha": given["r"]}))
     else:
         trained = replace(trained, scaling=unscaled)
     with pytest.raises(InputError, match=r"export is wrong and was removed: .* the delta of .* is off by"):
@@ -162,20 +162,20 @@ def cut_short(path):
     ids=lambda part: getattr(part, "__name__", ""),
 )
 def test_a_file_that_is_damaged_on_disk_is_found_out_and_removed(damage, told, trained, tmp_path, monkeypatch):
-    true_save = nft.export.save_lora
+    true_save = nft.export.files.save_lora
 
     def damaged(path, *arguments):
         true_save(path, *arguments)
         damage(path)
 
-    monkeypatch.setattr(nft.export, "save_lora", damaged)
+    monkeypatch.setattr(nft.export.files, "save_lora", damaged)
     with pytest.raises(InputError, match=told):
         export(trained, "comfyui", None, tmp_path / "out", Texts())
     assert tree(tmp_path) == {}
 
 
 def test_a_merged_folder_in_which_another_weight_changed_is_found_out(trained, tmp_path, monkeypatch):
-    true_write = nft.export.write_merged
+    true_write = nft.export.files.write_merged
 
     def damaged(folder, *arguments):
         true_write(folder, *arguments)
@@ -184,7 +184,7 @@ def test_a_merged_folder_in_which_another_weight_changed_is_found_out(trained, t
         tensors["proj_out.bias"][0] += 1e-3
         save_file(tensors, file)
 
-    monkeypatch.setattr(nft.export, "write_merged", damaged)
+    monkeypatch.setattr(nft.export.files, "write_merged", damaged)
     with pytest.raises(InputError, match=r"proj_out\.bias is not the base's"):
         export(trained, "merged", None, tmp_path / "out", Texts())
     assert tree(tmp_path) == {}
@@ -230,7 +230,7 @@ def test_an_export_for_sd35_needs_none_of_its_weights_and_names_its_architecture
     checkpoint.save(tmp_path / "run" / "checkpoints", 10, {"adapters": adapters}, state, CheckpointRecipe())
     trained = read_trained(tmp_path / "run")
     assert len(trained.scaling) == layers and set(trained.scaling.values()) == {2.0}
-    found = nft.lora.lora_header(recipe, trained.config, 10, trained.date)
+    found = nft.export.lora.lora_header(recipe, trained.config, 10, trained.date)
     assert found["modelspec.architecture"] == f"stable-diffusion-v3.5-{size}/lora"
     assert found["modelspec.license"] == "stabilityai-ai-community" and found["modelspec.resolution"] == "512x512"
 
@@ -345,7 +345,7 @@ def test_an_out_that_cannot_be_written_is_refused(refused, trained_run, tmp_path
 def test_a_push_without_a_login_or_a_name_is_refused_before_anything_is_written(
     refused, trained_run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(nft.card, "get_token", lambda: None)
+    monkeypatch.setattr(nft.export.card, "get_token", lambda: None)
     out = ("--out", tmp_path / "out")
     refused(["hf auth login"], trained_run[1], *out, "--push", "someone/shapes")
     for name in ("shapes", "a/b/c", "some one/shapes"):
@@ -358,12 +358,12 @@ def test_push_makes_a_private_repository_unless_told_and_uploads_the_folder(
     more, launched, trained_run, tmp_path, monkeypatch
 ):
     calls = []
-    monkeypatch.setattr(nft.card, "get_token", lambda: "token")
+    monkeypatch.setattr(nft.export.card, "get_token", lambda: "token")
     monkeypatch.setattr(
-        nft.card.HfApi, "create_repo", lambda self, name, **given: calls.append((name, given)) or f"https://hub/{name}"
+        nft.export.card.HfApi, "create_repo", lambda self, name, **given: calls.append((name, given)) or f"https://hub/{name}"
     )
     monkeypatch.setattr(
-        nft.card.HfApi,
+        nft.export.card.HfApi,
         "upload_folder",
         lambda self, repo_id, folder_path, **_: calls.append((repo_id, sorted(p.name for p in folder_path.iterdir()))),
     )
@@ -377,12 +377,12 @@ def test_push_makes_a_private_repository_unless_told_and_uploads_the_folder(
 
 
 def test_an_upload_that_fails_leaves_the_export_and_says_so(launched, trained_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(nft.card, "get_token", lambda: "token")
+    monkeypatch.setattr(nft.export.card, "get_token", lambda: "token")
 
     def refuse(self, name, **given):
         raise OSError("the hub is away")
 
-    monkeypatch.setattr(nft.card.HfApi, "create_repo", refuse)
+    monkeypatch.setattr(nft.export.card.HfApi, "create_repo", refuse)
     code, _, error = launched("export", trained_run[1], "--out", tmp_path / "out", "--push", "someone/shapes")
     assert code == 2 and "is written but was not uploaded to someone/shapes: the hub is away" in error
     assert (tmp_path / "out" / LORA_NAME).is_file()

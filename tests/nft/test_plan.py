@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-import nft.plan
+import nft.cost.plan
 from nft.config import load_recipe
 from nft.geometry import geometry_of
-from nft.plan import _clip_costs, cost_lines, costs, work, work_lines
+from nft.cost.plan import _clip_costs, cost_lines, costs, work, work_lines
 from stitchvm_reward.diffusion.architectures import VAE
 from stitchvm_reward.stitching.benchmark import flop_counter
 
@@ -75,8 +75,8 @@ def test_encoding_an_image_costs_what_was_worked_out_by_hand():
 
 
 def test_a_tower_that_several_rewards_share_is_measured_once_and_counted_for_each(monkeypatch):
-    measured, measure = [], nft.plan._clip_costs
-    monkeypatch.setattr(nft.plan, "_clip_costs", lambda model: measured.append(model) or measure(model))
+    measured, measure = [], nft.cost.plan._clip_costs
+    monkeypatch.setattr(nft.cost.plan, "_clip_costs", lambda model: measured.append(model) or measure(model))
     one = costs(load_recipe("recipes/shapes/clip.yaml"))
     model = load_recipe("recipes/shapes/clip.yaml").rewards[0].model
     both = f"rewards=[{{kind: clip, model: {model}}}, {{kind: hpsv2, model: {model}}}]"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nft import scaling
-from nft.communication import (
+from nft.cost.communication import (
     Cluster,
     Message,
     bytes_per_epoch,
@@ -15,7 +15,7 @@ from nft.communication import (
     grown,
 )
 from nft.config import Recipe, load_recipe
-from nft.plan import Costs
+from nft.cost.plan import Costs
 from stitchvm_reward.errors import InputError
 
 EIGHT = "recipes/aesthetic_8gpu.yaml"

@@ -83,7 +83,7 @@ def test_a_signal_after_the_step_of_an_epoch_begins_that_epoch_again(train, make
 
     def interrupted(epoch, rollouts):
         found = update(epoch, rollouts)
-        trainer.agreement.asked = epoch == 1  # heard at the next meeting, which is the audit's
+        trainer.ranks.asked = epoch == 1  # heard at the next meeting, which is the audit's
         return found
 
     trainer.update = interrupted

@@ -144,14 +144,14 @@ def test_old_is_frozen_within_an_epoch_and_current_differs_from_it_from_the_seco
     deviations, olds, currents = [], [], []
     step = nft.trainer.optimizer_step
 
-    def watched(*arguments):
+    def watchdog(*arguments):
         terms = step(*arguments)
         deviations.append(float(terms[2]))
         for seen, name in ((olds, "old"), (currents, "current")):
             seen.append(torch.cat([tensor.detach().flatten() for tensor in trainer.policy.tensors(name).values()]))
         return terms
 
-    monkeypatch.setattr(nft.trainer, "optimizer_step", watched)
+    monkeypatch.setattr(nft.trainer, "optimizer_step", watchdog)
     trainer.train()
     assert len(deviations) == 4
     assert deviations[0] == 0 and min(deviations[1:]) > 0

@@ -11,7 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from nft.config import load_recipe
 from nft.trainer import Trainer
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.runs.agreement import Agreement, Stopped
+from stitchvm_reward.runs.rank_sync import RankSync, Stopped
 from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
 from stitchvm_reward.runs.tracking import Timings
 from tests.tiny import RECIPE, STOPPED
@@ -41,21 +41,21 @@ def signalled(monkeypatch, phase: str, number: int, at: int) -> None:
     """Send this process a signal as it enters a phase for the `at`-th time."""
     entered, original = [], Timings.phase
 
-    def watched(self, name):
+    def watchdog(self, name):
         entered.append(name)
         if entered.count(phase) == at and name == phase:
             os.kill(os.getpid(), number)
         return original(self, name)
 
-    monkeypatch.setattr(Timings, "phase", watched)
+    monkeypatch.setattr(Timings, "phase", watchdog)
 
 
 def run(overrides, out, settings) -> bool:
     accelerator = make_accelerator()
     take_all_cores(accelerator)
-    agreement = Agreement(accelerator)
-    agreement.listen()
-    return Trainer(load_recipe(RECIPE, overrides(out, *settings)), accelerator, agreement).train()
+    ranks = RankSync(accelerator)
+    ranks.listen()
+    return Trainer(load_recipe(RECIPE, overrides(out, *settings)), accelerator, ranks).train()
 
 
 @pytest.mark.parametrize(
@@ -108,11 +108,11 @@ def test_the_command_ends_with_0_on_the_first_signal_and_at_once_on_the_second(o
             "import os, runpy, signal, sys\n"
             "from stitchvm_reward.runs.tracking import Timings\n"
             "original = Timings.phase\n"
-            "def watched(self, name):\n"
+            "def watchdog(self, name):\n"
             f"    for _ in range({times} if name == 'train' else 0):\n"
             "        os.kill(os.getpid(), signal.SIGTERM)\n"
             "    return original(self, name)\n"
-            "Timings.phase = watched\n"
+            "Timings.phase = watchdog\n"
             "sys.argv = sys.argv[1:]\n"
             "runpy.run_path('launch/nft.py', run_name='__main__')\n"
         )

@@ -93,8 +93,8 @@ def test_a_value_model_whose_backbone_reads_prompts_scores_by_them(make_trainer,
         found = [model.score(rollout.anchor, rollout.tau, conditions=c) for c in (own, others)]
     assert torch.equal(rollout.rewards["total"], found[0])
     assert not torch.equal(found[0], found[1])
-    recipe = load_recipe(RECIPE, overrides(tmp_path / "other", *stopped(folder), "model.t5_length=20"))
-    with pytest.raises(InputError, match=r"reads prompts of 13 T5 tokens, model\.t5_length is 20"):
+    recipe = load_recipe(RECIPE, overrides(tmp_path / "other", *stopped(folder), "model.text_length=20"))
+    with pytest.raises(InputError, match=r"reads prompts of 13 T5 tokens, model\.text_length is 20"):
         check_recipe(recipe)
 
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from transformers import T5EncoderModel
 
-from stitchvm_reward.diffusion.generator import Generator, PromptEmbeddings
+from stitchvm_reward.diffusion.generator import Generator, PromptCache
 from stitchvm_reward.diffusion.solvers import sigma_schedule, solve
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import locate
@@ -18,7 +18,7 @@ PROMPTS = ["a red circle on white", "two blue squares, black background", "a Red
 
 
 def embeddings(cache, length=13):
-    return PromptEmbeddings(MODEL, str(cache), length, torch.float32, CPU)
+    return PromptCache(MODEL, str(cache), length, torch.float32, CPU)
 
 
 def test_a_prompt_is_encoded_once_and_found_again_by_the_next_run(tmp_path):

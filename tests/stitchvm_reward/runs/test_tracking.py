@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nft.summary import read_run, summary_lines
+from nft.evaluation.summary import read_run, summary_lines
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.tracking import Timings, Tracker, before_after, curves, read_metrics
 

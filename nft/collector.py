@@ -1,0 +1,106 @@
+"""An epoch's rollouts on this process: which there are, sampled by the old policy, and scored."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nft.geometry import Geometry
+from nft.learner import Learner
+from nft.prompts import epoch_prompts
+from nft.rollout import Rollout, RolloutRecipe, rollout_stops, sample
+from stitchvm_reward.diffusion.generator import Generator
+from stitchvm_reward.diffusion.prompt_cache import PromptCache
+from stitchvm_reward.runs import randomness
+from stitchvm_reward.runs.rank_sync import RankSync
+
+
+class Collector:
+    """Samples and scores rollouts of the training prompts.
+
+    Rollouts end `remaining_steps` solver steps early, which the update takes. `score` gives their rewards by name; None
+    leaves them without.
+    """
+
+    def __init__(
+        self,
+        rollout: RolloutRecipe,
+        seed: int,
+        *,
+        prompts: list[str],
+        cache: PromptCache,
+        generator: Generator,
+        learner: Learner,
+        ranks: RankSync,
+        remaining_steps: int,
+        score: Callable[[Rollout], dict[str, Tensor]] | None,
+    ):
+        self.rollout, self.seed, self.prompts, self.cache = rollout, seed, prompts, cache
+        self.generator, self.learner, self.ranks = generator, learner, ranks
+        self.remaining_steps, self.score = remaining_steps, score
+        self.geometry: Geometry = learner.geometry
+        self.sigmas = generator.sigmas(rollout.steps)
+
+    def steps(self, epoch: int, samples: list[int]) -> list[int]:
+        """Return how many solver steps each sample's rollout takes."""
+        return [stop - self.remaining_steps for stop in rollout_stops(self.rollout, self.seed, epoch, samples)]
+
+    def collect(self, epoch: int) -> list[Rollout]:
+        """Return this process's rollouts of an epoch, on all processes together."""
+        geometry, accelerator = self.geometry, self.ranks.accelerator
+        chosen = epoch_prompts(len(self.prompts), geometry.groups, self.seed, epoch)
+        costs = [sum(self.steps(epoch, geometry.members(batch))) for batch in range(geometry.batches)]
+        batches = geometry.deal(costs)[accelerator.process_index]
+        prompts = {batch: [chosen[n // geometry.group_size] for n in geometry.members(batch)] for batch in batches}
+        distinct = sorted({prompt for members in prompts.values() for prompt in members}) or [0]
+        table = self.cache.conditions([self.prompts[prompt] for prompt in distinct])
+        rollouts: list[Rollout] = []
+        bar = tqdm(
+            desc=f"epoch {epoch + 1} rollout",
+            total=len(batches),
+            leave=False,
+            disable=not accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+        with bar:
+            for batch in self.ranks.rounds(batches):
+                with self.ranks.together():
+                    if batch is not None:
+                        rows = torch.tensor([distinct.index(p) for p in prompts[batch]], device=accelerator.device)
+                        empty = torch.zeros(0, device=accelerator.device)
+                        samples = geometry.members(batch)
+                        rollouts.append(self._run(Rollout(samples, prompts[batch], table, rows, empty, empty), epoch))
+                        bar.update()
+                if self.score is not None:
+                    bar.set_postfix(_reward_so_far(rollouts), refresh=False)
+        return rollouts
+
+    def _run(self, planned: Rollout, epoch: int) -> Rollout:
+        """Sample a planned micro batch, each sample from the noise at its own address, and score it."""
+        stops = self.steps(epoch, planned.samples)
+        noise = randomness.noise(self.generator.latent_shape, self.seed, randomness.ROLLOUT, epoch, planned.samples)
+        with self.ranks.timings.phase("rollout"), self.learner.policy.using("old"):
+            latents = sample(
+                self.generator,
+                self.learner.sampler,
+                planned.conditions,
+                noise,
+                self.sigmas,
+                solver=self.rollout.solver,
+                stops=stops,
+            )
+        tau = torch.tensor([self.sigmas[stop] for stop in stops], device=latents.device)
+        rollout = replace(planned, anchor=latents, tau=tau)
+        if self.score is None:
+            return rollout
+        with torch.no_grad():
+            return replace(rollout, rewards=self.score(rollout))
+
+
+def _reward_so_far(rollouts: list[Rollout]) -> dict[str, str]:
+    """Return the mean total reward, for a progress bar."""
+    if not rollouts:
+        return {}
+    return {"reward": f"{float(torch.cat([rollout.rewards['total'] for rollout in rollouts]).mean()):.3f}"}

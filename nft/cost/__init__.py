@@ -1,0 +1,1 @@
+"""What a run costs: its plan, its communication, and benchmarks."""

@@ -1,0 +1,209 @@
+"""What the processes of a run say to each other, in bytes, and an estimate of what that costs on many GPUs.
+
+Counted from the code of the trainer under DDP, and held to what two processes really exchange by
+tests/distributed/test_communication.py.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import Any
+
+from nft.config import Recipe
+from nft.geometry import Geometry, geometry_of
+from nft.cost.plan import Costs, work
+from nft.rollout import stop_step
+from stitchvm_reward.runs.geometry import share
+
+GRADIENT, SCORE, MEETING = 4, 8, 3 * 8  # bytes: a float32, a float64, the three int64 of RankSync.settle
+LOSS_SUMS = 4 * 4  # bytes: three loss terms and one place, float32
+EPOCHS = 4  # whose stops an estimate averages
+
+
+@dataclass(frozen=True)
+class Message:
+    """One kind of reduction over all processes: `times` of them, and the bytes that each process hands to one."""
+
+    what: str
+    times: float
+    size: int
+
+    @property
+    def bytes(self) -> float:
+        """What a process hands over in all of them."""
+        return self.times * self.size
+
+    def sent(self, processes: int) -> float:
+        """Bytes that each process sends for them in a ring, on average."""
+        return 2 * (processes - 1) / processes * self.bytes
+
+
+def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> list[Message]:
+    """Every message of one epoch of rollout, scoring, audit and training; none where there is one process.
+
+    Audits are spread over the epochs. Evaluation is apart; a checkpoint, a start and an end cost a few meetings more.
+    """
+    if processes == 1:
+        return []
+    geometry, updates = geometry_of(recipe, processes), recipe.train.updates_per_epoch
+    rounds = sum(geometry.rounds(update) for update in range(updates))
+    scores = SCORE * geometry.samples
+    audits = 1 / recipe.audit.every if recipe.audit.every else 0.0
+    found = [
+        Message("gradients", updates, GRADIENT * adapter_parameters),
+        Message("loss sums", updates, LOSS_SUMS),
+        # Each reward and their sum; which prompt a sample is of, and where its rollout stopped.
+        Message("rewards", len(recipe.rewards) + 1, scores),
+        # Which only rewards that are compared need.
+        Message("groups and tau", 0 if recipe.train.objective == "draft" else 2, scores),
+        Message("meetings of the rollout", 1 + most(geometry), MEETING),
+        Message("meetings of the training", rounds, MEETING),
+        Message("audit: values and rewards", 2 * audits, scores),
+        Message("audit: meeting", audits, MEETING),
+    ]
+    return [message for message in found if message.times]
+
+
+def bytes_per_evaluation(recipe: Recipe, processes: int) -> list[Message]:
+    """Every message of one evaluation; none where there is one process."""
+    if processes == 1:
+        return []
+    count, side = recipe.evaluation.samples, recipe.model.resolution
+    batches = [-(-len(share(count, rank, processes)) // recipe.rollout.micro_batch) for rank in range(processes)]
+    measures = len(recipe.rewards) + 1 + len(recipe.evaluation.metrics)
+    return [
+        Message("evaluation: measures", measures, SCORE * count),
+        Message("evaluation: picture grid", 1, recipe.evaluation.grid * 3 * side * side),
+        Message("evaluation: meetings", 1 + max(batches), MEETING),
+    ]
+
+
+def most(geometry: Geometry) -> int:
+    """Micro batches of the process that has the most."""
+    return max(map(len, geometry.deal()))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Assumptions about a machine, none of them measured here: FLOP/s, bytes a second, seconds."""
+
+    peak: float = 989e12
+    """Of one GPU: H100, dense bf16, its data sheet."""
+    reached: float = 0.45
+    """Share of that peak that every phase reaches, whatever the micro batch."""
+    node: int = 8
+    """GPUs that NVLink connects."""
+    inside: float = 450e9
+    """Each GPU's, within a node."""
+    between: float = 50e9
+    """Each GPU's, where there are several nodes: 400 Gb/s InfiniBand. A ring is taken to be as slow throughout."""
+    latency: float = 10e-6
+    """Of one step of a collective."""
+
+    def seconds(self, message: Message, processes: int) -> float:
+        """Time of all messages of a kind, nothing of them hidden behind computation.
+
+        Bytes go round a ring; a reduction takes as many steps as a tree there and back.
+        """
+        if processes == 1:
+            return 0.0
+        steps = 2 * math.ceil(math.log2(processes))
+        bandwidth = self.inside if processes <= self.node else self.between
+        return message.sent(processes) / bandwidth + message.times * steps * self.latency
+
+
+def grown(recipe: Recipe, processes: int, base: int) -> Recipe:
+    """The recipe with an epoch that grows with the GPUs: as many groups for each as it has on `base` of them."""
+    return replace(recipe, rollout=replace(recipe.rollout, groups=-(-recipe.rollout.groups * processes // base)))
+
+
+def _rounds(costs: list[float], batches: Sequence[Sequence[int]]) -> float:
+    """What processes need that meet after each micro batch: the dearest of each round. `batches` are by process."""
+    longest = max(len(own) for own in batches)
+    return sum(max(costs[own[place]] for own in batches if place < len(own)) for place in range(longest))
+
+
+def _flops(recipe: Recipe, geometry: Geometry, found: Costs, stops: Sequence[float]) -> tuple[float, float]:
+    """FLOPs of a process in an epoch: its even part of the work, and with the wait for the dearest of each round.
+
+    `stops` are the solver steps of each group.
+    """
+    phases = {name: 1e12 * cost / geometry.samples for name, cost in work(recipe, geometry, found).items()}
+    after = phases["decode"] + phases["score"]
+    members = [geometry.members(batch) for batch in range(geometry.batches)]
+    left = recipe.train.draft_steps if recipe.train.objective == "draft" else 0
+    rollout = [
+        sum((stops[n // geometry.group_size] - left) * found.forward_flops + after for n in samples)
+        for samples in members
+    ]
+    training = [len(samples) * phases["train"] for samples in members]
+    dealt = geometry.deal([sum(stops[n // geometry.group_size] for n in samples) for samples in members])
+    waited = _rounds(rollout, dealt)
+    for update in range(geometry.updates):
+        waited += _rounds(training, [geometry.trained_in(update, own) for own in dealt])
+    return (sum(rollout) + sum(training)) / geometry.processes, waited
+
+
+def estimate(recipe: Recipe, found: Costs, processes: int, cluster: Cluster) -> dict[str, Any]:
+    """Seconds of an epoch on so many GPUs by what they go into, images a second, and the share that is not lost.
+
+    `seconds_even` is what an even share of the work takes. The processes meet after every micro batch:
+    `seconds_undivided` is lost where micro batches do not divide by processes, `seconds_stops` where rollouts that
+    stop at different steps meet. `efficiency` is the even share over the whole. Audits, evaluation and checkpoints
+    are left out.
+    """
+    geometry, window = geometry_of(recipe, processes), recipe.rollout.stop_window
+    level = sum(window) / 2 if window else recipe.rollout.steps
+    rate = cluster.peak * cluster.reached
+    even, waited = (flops / rate for flops in _flops(recipe, geometry, found, [level] * geometry.groups))
+    undivided, at_stops = waited - even, 0.0
+    if window:
+        drawn = (
+            [stop_step(recipe.seed, epoch, group, window) for group in range(geometry.groups)]
+            for epoch in range(EPOCHS)
+        )
+        lost = [after - before for before, after in (_flops(recipe, geometry, found, stops) for stops in drawn)]
+        at_stops = mean(lost) / rate - undivided
+    messages = [m for m in bytes_per_epoch(recipe, found.adapter_parameters, processes) if "audit" not in m.what]
+    spent = {m.what: cluster.seconds(m, processes) for m in messages}
+    gradients = spent.get("gradients", 0.0)
+    others = sum(spent.values()) - gradients
+    whole = even + undivided + at_stops + gradients + others
+    return {
+        "processes": processes,
+        "samples": geometry.samples,
+        "micro_batches": geometry.batches,
+        "most_micro_batches": most(geometry),
+        "seconds_even": even,
+        "seconds_undivided": undivided,
+        "seconds_stops": at_stops,
+        "seconds_gradients": gradients,
+        "seconds_other_messages": others,
+        "images_per_second": geometry.samples / whole,
+        "efficiency": even / whole,
+    }
+
+
+def message_lines(messages: list[Message], processes: int) -> list[str]:
+    """A table of messages."""
+    told = [f"{'message':28}{'times':>8}{'bytes each':>14}{'bytes':>14}{'sent a process':>16}"]
+    for m in messages:
+        told.append(f"{m.what:28}{m.times:8.4g}{m.size:14,}{m.bytes:14,.0f}{m.sent(processes):16,.0f}")
+    return told
+
+
+def estimate_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of estimates."""
+    told = [
+        f"{'epoch':8}{'GPUs':>6}{'images':>9}{'most':>6}{'even s':>9}{'undivided':>11}{'stops':>8}{'gradients':>11}"
+        f"{'others':>8}{'images/s':>10}{'efficiency':>12}"
+    ]
+    for row in rows:
+        told.append(
+            f"{row['epoch']:8}{row['processes']:6}{row['samples']:9,}{row['most_micro_batches']:6}"
+            f"{row['seconds_even']:9.3f}{row['seconds_undivided']:11.3f}{row['seconds_stops']:8.3f}"
+            f"{row['seconds_gradients']:11.4f}{row['seconds_other_messages']:8.3f}"
+            f"{row['images_per_second']:10.0f}{row['efficiency']:12.1%}"
+        )
+    return told

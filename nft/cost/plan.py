@@ -1,0 +1,164 @@
+"""The plan of a run: what it will do, what it costs, and whether it will fit."""
+
+from collections.abc import Callable
+
+import torch
+
+from nft.config import Recipe
+from nft.cost.shapes import Costs, costs
+from nft.geometry import Geometry, geometry_of
+from nft.objectives import objective_class
+from nft.policy import ADAPTERS
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.families import architecture_of, family_of
+
+
+GIB = 2**30
+
+
+def recipe_geometry(recipe: Recipe, processes: int) -> Geometry:
+    """Return the geometry of a recipe on so many processes."""
+    return geometry_of(recipe.rollout, recipe.train.updates_per_epoch, processes)
+
+
+def memory(recipe: Recipe, cost: Costs) -> dict[str, float]:
+    """Return the expected GiB of one process in each phase, from weights, adapters, optimizer and saved activations.
+
+    They are computed from shapes, not measured. Value models beside the rewards they were stitched from are left out.
+    """
+    width, vae_width = (getattr(torch, name).itemsize for name in (recipe.model.dtype, recipe.model.vae_dtype))
+    frozen = cost.base_parameters * width + cost.vae_parameters * vae_width + cost.reward_bytes
+    # Three adapters and one gradient in float32, two Adam moments in float32 or in 8 bits.
+    moments = 2 * (1 if recipe.train.optimizer == "adamw_8bit" else 4)
+    kept = frozen + cost.adapter_parameters * (4 * (len(ADAPTERS) + 1) + moments)
+    batch, block = recipe.rollout.micro_batch, cost.saved_bytes / cost.blocks
+    decoded = (1 if recipe.model.vae_slicing else batch) * recipe.model.resolution**2 * vae_width
+    checkpointing = recipe.train.gradient_checkpointing
+    saved = cost.blocks * cost.block_input_bytes + block if checkpointing else cost.saved_bytes
+    in_update = objective_class(recipe.train.objective).cost(recipe.train)
+    if in_update.reward_gradient:
+        # Checkpointed steps are run again one at a time, after the rewards' part is gone.
+        together = in_update.solver_steps * saved + cost.scoring_bytes
+        saved = max(saved, cost.scoring_bytes) if checkpointing else together
+    encoders = architecture_of(recipe.model.path).text_parameters * width
+    phases = {
+        "encode prompts": encoders + cost.reward_bytes,
+        "rollout": kept + batch * block,
+        # The decoder's widest layers hold 128 channels at full resolution, about four of them at once.
+        "decode": kept + decoded * 128 * 4,
+        "train": kept + batch * saved,
+    }
+    return {phase: size / GIB for phase, size in phases.items()}
+
+
+def too_large(expected: dict[str, float], available: float) -> str | None:
+    """Describe a run whose largest phase needs more GiB than there are; None where it fits."""
+    phase = max(expected, key=lambda name: expected[name])
+    if expected[phase] <= available:
+        return None
+    return (
+        f"{phase} needs about {expected[phase]:.1f} GiB, this device has {available:.1f}: lower rollout.micro_batch, "
+        "or set train.gradient_checkpointing, model.vae_slicing, train.optimizer=adamw_8bit"
+    )
+
+
+def memory_warning(recipe: Recipe, cost: Costs) -> list[str]:
+    """Return one line where the device at hand has less memory than the run is expected to need."""
+    if not torch.cuda.is_available():
+        return []
+    message = too_large(memory(recipe, cost), torch.cuda.get_device_properties(0).total_memory / GIB)
+    return [f"warning      {message}"] if message else []
+
+
+def work(recipe: Recipe, geometry: Geometry, cost: Costs) -> dict[str, float]:
+    """Return the TFLOP of one epoch over all processes, by phase."""
+    samples, window = geometry.samples, recipe.rollout.stop_window
+    in_update = objective_class(recipe.train.objective).cost(recipe.train)
+    steps = sum(window) / 2 if window else recipe.rollout.steps
+    decode, score = cost.decode_flops, cost.score_flops
+    if in_update.reward_gradient:
+        decode, score = cost.decode_training_flops, cost.score_training_flops
+    to_image = (recipe.rollout.steps - steps) * cost.forward_flops + cost.decode_flops + cost.pixel_score_flops
+    audits = recipe.audit.samples / recipe.audit.every if recipe.audit.every else 0.0
+    each_pass = cost.training_flops + in_update.frozen * cost.forward_flops
+    return {
+        "rollout": samples * (steps - in_update.solver_steps) * cost.forward_flops / 1e12,
+        "decode": 0.0 if window else samples * decode / 1e12,
+        "score": samples * score / 1e12,
+        "audit": audits * to_image / 1e12,
+        "train": samples * in_update.passes * each_pass / 1e12,
+    }
+
+
+def announce(recipe: Recipe, processes: int, write: Callable[[str], None]) -> dict[str, float]:
+    """Write what a run will do and whether it will fit, and return what an epoch costs.
+
+    `cost/teraflop` is over all processes; it is missing for a model whose shapes are not known here.
+    """
+    try:
+        cost = costs(recipe)
+    except InputError:
+        write("\n".join(work_lines(recipe, processes)))
+        return {}
+    write("\n".join([*work_lines(recipe, processes), *memory_warning(recipe, cost)]))
+    return {"cost/teraflop": sum(work(recipe, recipe_geometry(recipe, processes), cost).values())}
+
+
+def _guidance_text(recipe: Recipe) -> str:
+    """Say which guidance rollouts have, from the recipe alone."""
+    if recipe.model.guidance is not None:
+        return f"embedded guidance {recipe.model.guidance:g}"
+    try:
+        architecture = architecture_of(recipe.model.path)
+    except InputError:
+        return "no guidance"
+    family = architecture.family
+    return (
+        f"embedded guidance {family.guidance:g}" if family.embeds_guidance(architecture.transformer) else "no guidance"
+    )
+
+
+def work_lines(recipe: Recipe, processes: int) -> list[str]:
+    """Return what a run will do, from its recipe alone."""
+    rollout, train, geometry = recipe.rollout, recipe.train, recipe_geometry(recipe, processes)
+    shares = [len(batches) for batches in geometry.deal()]
+    shares_text = f"{min(shares)}" if min(shares) == max(shares) else f"{min(shares)} to {max(shares)}"
+    rounds = sum(geometry.rounds(update) for update in range(train.updates_per_epoch))
+    training, passes = objective_class(train.objective).describe(train, rollout, rounds)
+    return [
+        f"rewards      {', '.join(f'{r.weight:g} x {r.name}' for r in recipe.rewards)}",
+        f"epoch        {rollout.groups} groups x {rollout.group_size} = {geometry.samples} samples, "
+        f"in {geometry.batches} micro batches of {rollout.micro_batch}",
+        f"processes    {processes}, with {shares_text} micro batches each",
+        f"rollout      {rollout.steps} {rollout.solver} steps with {_guidance_text(recipe)}"
+        + (f", stopped after {rollout.stop_window[0]} to {rollout.stop_window[1]}" if rollout.stop_window else ""),
+        f"training     {training}",
+        f"updates      {train.updates_per_epoch} per epoch, {passes} per process, gradients reduced "
+        f"{train.updates_per_epoch} times",
+        f"run          {recipe.epochs} epochs, {recipe.epochs * train.updates_per_epoch} optimizer steps, "
+        f"{recipe.epochs * geometry.samples:,} images",
+    ]
+
+
+def cost_lines(recipe: Recipe, processes: int) -> list[str]:
+    """Return what a run's model is and what an epoch costs."""
+    cost = costs(recipe)
+    phases = work(recipe, recipe_geometry(recipe, processes), cost)
+    return [
+        f"model        {recipe.model.path} ({family_of(recipe.model.path).name}), {recipe.model.dtype}, "
+        f"{recipe.model.resolution} px, {cost.base_parameters:,} parameters in the transformer",
+        f"adapters     rank {recipe.lora.rank}, alpha {recipe.lora.alpha}: {cost.adapted_layers} layers, "
+        f"{cost.adapter_parameters:,} parameters, three of them ({', '.join(ADAPTERS)})",
+        *(f"memory       {phase}: about {size:.1f} GiB" for phase, size in memory(recipe, cost).items()),
+        *memory_warning(recipe, cost),
+        f"FLOPs        one sample: forward {cost.forward_flops / 1e12:.3g}, forward and backward "
+        f"{cost.training_flops / 1e12:.3g}, decode {cost.decode_flops / 1e12:.3g} TFLOP",
+        f"             one epoch: {', '.join(f'{phase} {tflop:,.3g}' for phase, tflop in phases.items())} TFLOP; "
+        + (f"not counted: {', '.join(cost.score_unknown)}; " if cost.score_unknown else "")
+        + f"{sum(phases.values()) / processes:,.3g} per process",
+    ]
+
+
+def print_plan(recipe: Recipe, processes: int) -> None:
+    """Print the whole plan of a recipe on so many processes."""
+    print("\n".join([*work_lines(recipe, processes), *cost_lines(recipe, processes)]))

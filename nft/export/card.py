@@ -1,0 +1,205 @@
+"""The model card beside an export, and its way to the hub."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from nft.export.lora import LORA_NAME, default_title, reward_text
+from nft.export.trained import Trained
+from stitchvm_reward.diffusion.architectures import published_as
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.hub import is_hub_id
+from stitchvm_reward.runs.recipe import dump
+from stitchvm_reward.runs.tracking import read_metrics
+
+FORMATS = ("comfyui", "peft", "merged")
+OUR_TAG = "stitch-nft"
+PICTURES = {"curves.png": "Measures over the run", "before_after.png": "Held-out pictures before and after the run"}
+METHODS = {
+    "nft": "reinforcement with the negative-aware objective of [DiffusionNFT](https://arxiv.org/abs/2509.16117)",
+    "draft": "direct reward fine-tuning ([DRaFT](https://arxiv.org/abs/2309.17400))",
+}
+LAYOUTS = {
+    "comfyui": "in the layout that ComfyUI and diffusers read",
+    "peft": "in PEFT's own layout",
+    "merged": "merged into the whole transformer",
+}
+LOADING = {
+    "comfyui": f'pipeline.load_lora_weights("FOLDER", weight_name="{LORA_NAME}")',
+    "peft": 'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "FOLDER")',
+    "merged": 'transformer = SD3Transformer2DModel.from_pretrained("FOLDER", subfolder="transformer", dtype=dtype)',
+}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What only the user knows of an export; what is None is left to the run. `address` is where it will be found."""
+
+    title: str | None = None
+    license: str | None = None
+    author: str | None = None
+    address: str = "THIS_FOLDER"
+
+
+def base_name(trained: Trained) -> str | None:
+    """The hub id of the base: the recipe's own, or the published model of its shape."""
+    path = trained.recipe.model.path
+    return path if is_hub_id(path) else published_as(trained.config)
+
+
+def _front_matter(trained: Trained, texts: Texts) -> ModelCardData:
+    base = base_name(trained)
+    published = published_as(trained.config)
+    licence: dict[str, Any] = {"license": texts.license} if texts.license else {}
+    if not licence and published is not None:
+        link = f"https://huggingface.co/{published}/blob/main/LICENSE.md"
+        licence = {"license": "other", "license_name": "stabilityai-ai-community", "license_link": link}
+    return ModelCardData(
+        base_model=base,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["lora", "text-to-image", "stable-diffusion-3", OUR_TAG],
+        **licence,
+    )
+
+
+def held_out_lines(trained: Trained) -> list[str]:
+    """The run's held-out measures before training and at the checkpoint, as a table in Markdown; none without them."""
+    rows = [row for row in read_metrics(trained.folder) if "held_out/total" in row and row["epoch"] <= trained.epoch]
+    if len(rows) < 2:
+        return []
+    first, last = rows[0], rows[-1]
+    recipe = trained.recipe
+    lines = [
+        "## Held out",
+        "",
+        f"{recipe.evaluation.samples} prompts that were not trained on, one image each from fixed noise, "
+        f"{recipe.evaluation.steps} Euler steps without guidance; averaged (ema) weights.",
+        "",
+        f"| measure | epoch {first['epoch']} | epoch {last['epoch']} | change | spread before, after |",
+        "|---|---|---|---|---|",
+    ]
+    for key in (key for key in last if key.startswith("held_out/") and not key.endswith("_std")):
+        if key in first:
+            spreads = f"{first[f'{key}_std']:.3f}, {last[f'{key}_std']:.3f}"
+            change = last[key] - first[key]
+            lines.append(f"| {key[9:]} | {first[key]:.3f} | {last[key]:.3f} | {change:+.3f} | {spreads} |")
+    return [*lines, ""]
+
+
+def _use_lines(trained: Trained, kind: str, address: str) -> list[str]:
+    """How to sample with the export, in diffusers and in ComfyUI."""
+    model = trained.recipe.model
+    length = "" if model.text_length == 256 else f", max_sequence_length={model.text_length}"
+    steps, side = trained.recipe.evaluation.steps, model.resolution
+    base = f'"{base_name(trained) or model.path}"'
+    place = "" if model.dtype == "float32" else '.to("cuda")'
+    load = f"pipeline = StableDiffusion3Pipeline.from_pretrained({base}, dtype=dtype){place}"
+    adapted = LOADING[kind].replace("FOLDER", address)
+    if kind == "merged":
+        body = [adapted, load.replace(", dtype", ", transformer=transformer, dtype")]
+    else:
+        body = [load, adapted]
+    imports = {"merged": "SD3Transformer2DModel, StableDiffusion3Pipeline"}.get(kind, "StableDiffusion3Pipeline")
+    lines = [
+        "## Use",
+        "",
+        f"It was trained and measured without guidance at {side} px: keep `guidance_scale` at 1.",
+        "",
+        "```python",
+        "import torch",
+        f"from diffusers import {imports}",
+        *(["from peft import PeftModel"] if kind == "peft" else []),
+        "",
+        f"dtype = torch.{model.dtype}",
+        *body,
+        f'image = pipeline("PROMPT", guidance_scale=1.0, num_inference_steps={steps}, height={side}, width={side}'
+        f"{length}).images[0]",
+        "```",
+        "",
+    ]
+    if kind == "comfyui":
+        lines += [
+            f"ComfyUI: put `{LORA_NAME}` into `models/loras` and load it with LoraLoaderModelOnly at strength 1; "
+            "`docs/comfyui/sd35_medium_lora.json` of stitch-nft is a workflow for SD3.5 Medium.",
+            "",
+        ]
+    elif kind == "peft":
+        lines += ["This is PEFT's own layout. ComfyUI would read it at the wrong strength: export comfyui for it.", ""]
+    return lines
+
+
+def write_card(folder: Path, trained: Trained, kind: str, dtype: str, deviation: float, texts: Texts) -> None:
+    """Write README.md into an export's folder and copy the run's curves and pictures beside it."""
+    recipe, told = trained.recipe, "nothing" if deviation == 0 else f"{deviation:.1e} of their size"
+    copied = [name for name in PICTURES if (trained.folder / name).is_file()]
+    for name in copied:
+        shutil.copyfile(trained.folder / name, folder / name)
+    body = [
+        f"# {texts.title or default_title(recipe)}",
+        "",
+        f"LoRA adapters of {base_name(trained) or recipe.model.path} by {METHODS[recipe.train.objective]}, trained "
+        f"with stitch-nft; {LAYOUTS[kind]}.",
+        "",
+        f"- reward: {reward_text(recipe)}",
+        f"- adapters: rank {recipe.lora.rank}, alpha {recipe.lora.alpha}, {len(trained.scaling)} layers "
+        f"({', '.join(recipe.lora.targets)})",
+        f"- weights: {trained.weights} of epoch {trained.epoch} ({trained.step} optimizer steps), in {dtype}; read "
+        f"back, the deltas deviate from the trained ones by {told}",
+        *([f"- author: {texts.author}"] if texts.author else []),
+        "",
+        *held_out_lines(trained),
+        *(line for name in copied for line in (f"![{PICTURES[name]}]({name})", "")),
+        *_use_lines(trained, kind, texts.address),
+        "## Recipe",
+        "",
+        "```yaml",
+        dump(recipe).rstrip(),
+        "```",
+    ]
+    text = "\n".join(body)
+    ModelCard(f"---\n{_front_matter(trained, texts).to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
+
+
+def is_our_card(path: Path) -> bool:
+    """Whether a README.md is the card of an export of ours."""
+    try:
+        tags = ModelCard.load(path).data.tags if path.is_file() else None
+    except (OSError, ValueError):
+        return False
+    return OUR_TAG in (tags or [])
+
+
+def check_login(repository: str) -> None:
+    """Raise InputError unless `repository` is written user/name and a token for the hub is at hand."""
+    try:
+        validate_repo_id(repository)
+        named = repository.count("/") == 1
+    except HFValidationError:
+        named = False
+    if not named:
+        raise InputError(f"--push is written user/name, got {repository!r}")
+    if get_token() is None:
+        raise InputError("--push needs a login to the hub: run `hf auth login` first, or set HF_TOKEN")
+
+
+def push(folder: Path, repository: str, public: bool = False) -> str:
+    """Upload an export's folder to the hub, into a repository that is made where there is none; its address.
+
+    A new repository is private unless `public`. Raises InputError where the hub refuses or cannot be reached.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=not public, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="LoRA adapters, trained with stitch-nft"
+        )
+    except Exception as error:  # a connection may fail in any way, and what is written stays
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder} is written but was not uploaded to {repository}: {told}") from None
+    return str(address)

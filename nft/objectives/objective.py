@@ -1,0 +1,146 @@
+"""What every training objective offers to the loop, the recipe and the plan."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nft.learner import Learner
+from nft.rollout import Rollout, RolloutRecipe
+from stitchvm_reward.diffusion.generator import Generator
+from stitchvm_reward.runs.rank_sync import RankSync
+from stitchvm_reward.runs.recipe import at_least
+
+LossCall = Callable[[], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class ObjectiveSettings:
+    """What all objectives read."""
+
+    beta_kl: float = 1.0e-4
+    """Weight of the mean squared distance to the base model's velocity; 0 skips the base model's forward pass."""
+
+    def check(self) -> None:
+        """Raise InputError for a value out of range."""
+        at_least("train.beta_kl", self.beta_kl, 0)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an objective works with. `train` includes its settings, `score` gives the rewards of a rollout by name."""
+
+    train: Any
+    rollout: RolloutRecipe
+    reward_names: list[str]
+    seed: int
+    generator: Generator
+    learner: Learner
+    ranks: RankSync
+    score: Callable[[Rollout], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What an epoch's update came to.
+
+    `rollouts` are as the update leaves them, with their rewards. `finite` tells whether all rewards are finite and
+    `updated` whether the old policy follows. `histograms` are distributions to show beside the metrics.
+    """
+
+    rollouts: list[Rollout]
+    metrics: dict[str, float]
+    finite: bool = True
+    updated: bool = True
+    histograms: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SampleCost:
+    """What an epoch asks of one sample in the update.
+
+    `passes` are forward and backward passes, `frozen` the forward passes without gradient beside each of them,
+    `solver_steps` the rollout's steps that are taken in the update, and `reward_gradient` tells whether the decoder and
+    the rewards have a backward pass.
+    """
+
+    passes: float
+    frozen: int
+    solver_steps: int = 0
+    reward_gradient: bool = False
+
+
+class Objective(ABC):
+    """How rollouts become an update of the adapters.
+
+    `terms` names the sums that each loss returns beside itself; `losses_per_sample` counts losses per sample and epoch.
+    `remaining_steps` is how many of its last solver steps a rollout leaves to the update, and `scores_rollouts` tells
+    whether rollouts are scored when they are collected. `gathered` counts the numbers per sample that processes exchange
+    beside the rewards.
+    """
+
+    settings: type[ObjectiveSettings]
+    method: str
+    terms: tuple[str, ...]
+    gathered: int = 0
+    scores_rollouts: bool = True
+    losses_per_sample: int = 1
+    remaining_steps: int = 0
+
+    def __init__(self, parts: Parts):
+        self.parts, self.learner, self.ranks, self.generator = parts, parts.learner, parts.ranks, parts.generator
+        self.sigmas = parts.generator.sigmas(parts.rollout.steps)
+
+    @staticmethod
+    @abstractmethod
+    def check(train: Any, rollout: RolloutRecipe) -> None:
+        """Raise InputError for settings that do not fit each other."""
+
+    @staticmethod
+    @abstractmethod
+    def cost(train: Any) -> SampleCost:
+        """Return what an epoch asks of one sample."""
+
+    @staticmethod
+    @abstractmethod
+    def describe(train: Any, rollout: RolloutRecipe, rounds: int) -> tuple[str, str]:
+        """Return what is trained on, and what passes `rounds` micro batches come to, as the plan prints them."""
+
+    @abstractmethod
+    def learn(self, rollouts: list[Rollout], epoch: int) -> Learned:
+        """Update the adapters by an epoch's rollouts of this process, on all processes together.
+
+        Raises SharedError where a reward or a gradient is not finite and the recipe does not say skip.
+        """
+
+    @abstractmethod
+    def losses(self, rollout: Rollout, epoch: int) -> list[LossCall]:
+        """Return the calls that compute a micro batch's summed losses; each also returns the sums of `terms`.
+
+        All processes sync once, here or in the first call.
+        """
+
+    def progress(self, rollouts: list[Rollout]) -> dict[str, str]:
+        """Return what the progress bar shows after these micro batches."""
+        return {}
+
+    def problem(self) -> str | None:
+        """Return why the step at hand must not be applied, alike on all processes, or None."""
+        return None
+
+
+def per_sample_mean(values: Tensor) -> Tensor:
+    """Return the mean over all but the first dimension, (batch,)."""
+    return values.flatten(1).mean(1)
+
+
+def summed(policy: Tensor, kl: Tensor, beta_kl: float, weight: float, *reported: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss, policy + beta_kl kl summed over the batch, and the sums of all terms without gradient.
+
+    Every term is (batch,); further ones are only reported. Both results are multiplied by `weight`.
+    """
+    loss = (policy + beta_kl * kl).sum() * weight
+    return loss, torch.stack([term.detach().sum() for term in (policy, kl, *reported)]) * weight

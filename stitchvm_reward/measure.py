@@ -1,0 +1,143 @@
+"""Measurements of single calls: FLOPs, time and peak memory, and a description of the machine they were made on."""
+
+import platform
+import subprocess
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+
+class FusedAttention(TorchFunctionMode):
+    """Run attention on the meta device as the fused kernel that real devices run.
+
+    By default, the meta device takes the unfused path, which materialises all attention scores.
+    """
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if function is F.scaled_dot_product_attention:
+            scale = (named or {}).get("scale")
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments[:3], scale=scale)[0]
+        return function(*arguments, **(named or {}))
+
+
+def _attention(query: Any, key: Any, value: Any, *_, out_shape: Any = None, **__) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_, out_shape: Any = None, **__) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return torch's FLOP counter, extended by the CPU's attention kernel, which it does not count by default."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return FlopCounterMode(display=False, custom_mapping={attention: _attention, backward: _attention_backward})
+
+
+def flops(call: Callable[[], Any]) -> float:
+    """Return the floating-point operations of one call; a multiply-add counts as two.
+
+    On the meta device, operations are counted but not computed.
+    """
+    counter = flop_counter()
+    with counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def timed(call: Callable[[], Any], samples: int, device: torch.device, repeats: int) -> dict[str, float | None]:
+    """Return the cost of a call: median milliseconds and GFLOP per sample and, on a GPU, the peak MiB.
+
+    One warm-up call precedes the `repeats` timed calls.
+    """
+    cuda = device.type == "cuda"
+    counted = flops(call)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return {
+        "milliseconds": sorted(times)[repeats // 2] / samples * 1e3,
+        "gigaflop": counted / samples / 1e9,
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
+    }
+
+
+class _Live(TorchDispatchMode):
+    """Adds up the sizes of the storages that operations create, for as long as they are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        def storages(tree: Any) -> dict[int, Any]:
+            tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+            return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+
+        old = storages((arguments, named))
+        result = function(*arguments, **(named or {}))
+        for key, storage in storages(result).items():
+            if key not in old and key not in self.seen:  # not a view of an existing tensor
+                self.seen.add(key)
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.bytes -= size
+
+
+def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the peak MiB of the tensors that a call creates; on a GPU, of everything it allocates.
+
+    Memory that was allocated before the call does not count. On a CPU, the workspace of single kernels is not seen.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with _Live() as live:
+        call()
+    return live.peak / 2**20
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return the device, the number of threads, the commit and the library versions of a measurement."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, peft)}
+    return {"device": name, "threads": torch.get_num_threads(), "commit": _commit()} | versions
+
+
+def _commit() -> str:
+    """Return the repository's commit, marked where files differ from it; empty outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return ""
+    return done.stdout.strip()

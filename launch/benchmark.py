@@ -5,34 +5,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# This file is called as a script of the repository: its root must come before this folder.
+# This file runs as a script: the root of the repository must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import run_command, available_device  # noqa: E402
+from stitchvm_reward.command import available_device, run_command  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 from stitchvm_reward.files import check_writable, write_json  # noqa: E402
-
-GUIDANCE = 4.5  # of Stitched Value Model's steering
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/benchmark.py",
         description="Time what a recipe does, in one run, with random weights of its shapes: nothing is downloaded. "
-        "A training recipe: a prompt's encoding, a rollout step, decoding, a score of an image and a stitched one of "
-        "its latent, a training level, the optimizer. A recipe of recipes/stitch: one stitched score beside one by "
-        "Tweedie's estimate (denoise, decode, judge); where it leaves the blocks to the search, those that this "
-        "finds for Stable Diffusion 3.5 Medium are taken. With --steering the same recipe's steps of sampling instead: "
-        "plain, guided by the gradient of either value, and with a value of either kind on the way.",
+        "For a training recipe: encoding a prompt, a rollout step, decoding, scoring an image and its latent, a training "
+        "level, the optimizer. For a stitching recipe: one stitched score beside one by "
+        "Tweedie's estimate (denoise, decode, score); where it leaves the blocks to the search, block 4 and reward block "
+        "1 are used. With --steering, the same recipe's steps of sampling instead: plain, guided by the gradient of "
+        "either value, and with a value of either kind on the way.",
     )
-    parser.add_argument(
-        "recipe", type=Path, help="a training recipe, or a stitching one: those lie in a folder called stitch"
-    )
+    parser.add_argument("recipe", type=Path, help="a training recipe or a stitching recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to override")
-    parser.add_argument("--batch", type=int, default=4, help="latents scored at once (a stitching recipe)")
-    parser.add_argument("--repeats", type=int, default=5, help="calls; their median counts")
-    parser.add_argument("--steering", action="store_true", help="steps of steering, under guidance 4.5, one latent")
-    parser.add_argument("--shapes-only", action="store_true", help="their FLOPs and memory alone, computing nothing")
+    parser.add_argument("--batch", type=int, default=4, help="latents scored at once (stitching recipe)")
+    parser.add_argument("--repeats", type=int, default=5, help="calls, of which the median counts")
+    parser.add_argument(
+        "--steering", action="store_true", help="steps of steering, with the family's guidance and one latent"
+    )
+    parser.add_argument("--shapes-only", action="store_true", help="only their FLOPs and memory; nothing is computed")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser.parse_intermixed_args(arguments)
 
@@ -50,9 +48,9 @@ def score_benchmark(recipe: Any, batch: int, repeats: int, device: Any) -> tuple
     ratios = (tweedie[key] / stitched[key] for key in ("milliseconds", "gigaflop"))
     told.append("stitched is {:.2f}x cheaper in time, {:.2f}x in FLOPs".format(*ratios))
     about = {
-        "backbone": recipe.backbone.path,
-        "resolution": recipe.backbone.resolution,
-        "dtype": recipe.backbone.dtype,
+        "backbone": recipe.model.path,
+        "resolution": recipe.model.resolution,
+        "dtype": recipe.model.dtype,
         "reward": recipe.reward.model,
         "batch": batch,
     }
@@ -61,20 +59,22 @@ def score_benchmark(recipe: Any, batch: int, repeats: int, device: Any) -> tuple
 
 def steering_benchmark(recipe: Any, repeats: int, device: Any, shapes_only: bool) -> tuple[dict[str, Any], list[str]]:
     """One step of sampling, plain and steered by either value."""
+    from stitchvm_reward.families import family_of
     from stitchvm_reward.steering.benchmark import guided_step_costs
 
-    rows = guided_step_costs(recipe, GUIDANCE, repeats, device, shapes_only)
+    guidance = family_of(recipe.model.path).steering_guidance
+    rows = guided_step_costs(recipe, guidance, repeats, device, shapes_only)
     told = [f"{'one step':28}{'ms':>12}{'GFLOP':>12}{'peak MiB':>12}"]
     for row in rows:
         time = "-" if row["milliseconds"] is None else f"{row['milliseconds']:.2f}"
         told.append(f"{row['method']:28}{time:>12}{row['gigaflop']:12.2f}{row['peak_mib']:12.0f}")
     told.append(f"beside {rows[0]['weights_mib']:.0f} MiB of the transformer's weights")
     about = {
-        "backbone": recipe.backbone.path,
-        "resolution": recipe.backbone.resolution,
-        "dtype": recipe.backbone.dtype,
+        "backbone": recipe.model.path,
+        "resolution": recipe.model.resolution,
+        "dtype": recipe.model.dtype,
         "reward": recipe.reward.model,
-        "guidance": GUIDANCE,
+        "guidance": guidance,
     }
     return about | {"steps": rows}, told
 
@@ -88,6 +88,19 @@ def training_benchmark(recipe: Any, repeats: int, device: Any) -> tuple[dict[str
     return about | found, lines(found)
 
 
+def is_stitching(path: Path) -> bool:
+    """Return whether a recipe builds a value model: it has `reward`, where a training recipe has `rewards`.
+
+    Raises InputError for a file that is neither.
+    """
+    from stitchvm_reward.runs.recipe import recipe_keys
+
+    keys = recipe_keys(path)
+    if ("reward" in keys) == ("rewards" in keys):
+        raise InputError(f"{path} must be a training recipe (with rewards) or a stitching recipe (with reward)")
+    return "reward" in keys
+
+
 def run(arguments: argparse.Namespace) -> None:
     for name in ("batch", "repeats"):
         if getattr(arguments, name) < 1:
@@ -97,16 +110,16 @@ def run(arguments: argparse.Namespace) -> None:
     from nft.config import load_recipe
     from stitchvm_reward.stitching.config import load_stitch_recipe
 
-    stitching = arguments.recipe.resolve().parent.name == "stitch"
+    stitching = is_stitching(arguments.recipe)
     load: Any = load_stitch_recipe if stitching else load_recipe
     recipe = load(arguments.recipe, arguments.overrides)
-    from stitchvm_reward.stitching.benchmark import machine
+    from stitchvm_reward.measure import machine
 
     device = available_device()
     if arguments.steering and not stitching:
-        raise InputError(f"--steering needs a recipe of recipes/stitch, got {arguments.recipe}")
+        raise InputError(f"--steering needs a stitching recipe, got {arguments.recipe}")
     if arguments.shapes_only and not arguments.steering:
-        raise InputError("--shapes-only goes with --steering, which is missing")
+        raise InputError("--shapes-only needs --steering")
     if arguments.steering:
         found, told = steering_benchmark(recipe, arguments.repeats, device, arguments.shapes_only)
     elif stitching:

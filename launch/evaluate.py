@@ -12,7 +12,7 @@ from pathlib import Path
 # This file is called as a script of the repository: its root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import run_command, available_device, hide_loading_bars  # noqa: E402
+from stitchvm_reward.command import available_device, hide_loading_bars, run_command  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 
@@ -92,7 +92,7 @@ def run_images(arguments: argparse.Namespace) -> None:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from nft.evaluation.measure import CONFIDENCE, evaluate_images, table
-    from stitchvm_reward.stitching.benchmark import machine
+    from stitchvm_reward.measure import machine
 
     hide_loading_bars()
     device = available_device()
@@ -114,8 +114,16 @@ def run_value(arguments: argparse.Namespace) -> None:
     check(arguments)
     if arguments.out is not None:
         check_writable(arguments.out.with_suffix(".png"))
-    from stitchvm_reward.stitching.benchmark import machine
-    from stitchvm_reward.stitching.evaluate import Evaluation, ValueEvaluationConfig, cost, draw, quality, report, truth_error
+    from stitchvm_reward.measure import machine
+    from stitchvm_reward.stitching.evaluate import (
+        Evaluation,
+        ValueEvaluationConfig,
+        cost,
+        draw,
+        quality,
+        report,
+        truth_error,
+    )
 
     hide_loading_bars()
     question = ValueEvaluationConfig(

@@ -8,7 +8,7 @@ from pathlib import Path
 # This file is called as a script of the repository: its root must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import run_command, hide_loading_bars  # noqa: E402
+from stitchvm_reward.command import hide_loading_bars, run_command  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 
 

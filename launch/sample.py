@@ -8,10 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
-# This file is called as a script of the repository: its root must come before this folder.
+# This file runs as a script: the root of the repository must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import run_command, available_device, hide_loading_bars  # noqa: E402
+from stitchvm_reward.command import available_device, hide_loading_bars, run_command  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 
@@ -19,22 +19,27 @@ from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/sample.py",
-        description="Sample with a Stable Diffusion 3 pipeline, one picture a prompt, and draw a labelled grid: one "
-        "row a prompt, from the same noise with --lora the base beside the tuned model and with --steer the plain "
-        "beside the steered picture. A picture depends on the seed and on its prompt's place in the list, not on "
-        "--batch.",
+        description="Sample one picture per prompt with a diffusers pipeline and draw a labelled grid with one row per "
+        "prompt. From the same noise, --lora shows the base beside the tuned model and --steer the plain beside the "
+        "steered picture. A picture depends on the seed and on its prompt's place in the list, not on --batch.",
     )
-    parser.add_argument("model", help="folder or hub id of a Stable Diffusion 3 pipeline")
+    parser.add_argument("model", help="folder or hub id of a pipeline of a supported family")
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE_OR_TEXT", help="prompts and prompt files")
     parser.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA file, as launch/export.py writes it")
     parser.add_argument("--grid", type=Path, required=True, metavar="OUT.png", help="the grid to write")
-    parser.add_argument("--across", type=int, default=1, help="prompts that stand in a row of the grid; default: 1")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write each picture there as well, as PNG")
-    parser.add_argument("--count", type=int, help="only the first so many prompts")
-    parser.add_argument("--steps", type=int, help="of the solver; default: 40, or the steering recipe's")
-    parser.add_argument("--guidance", type=float, help="default: 1, none, as in training, or the steering recipe's")
-    parser.add_argument("--resolution", type=int, help="pixels; default: what the LoRA was trained at, or the model's")
-    parser.add_argument("--seed", type=int, help="of the noise; default: 0, or the steering recipe's")
+    parser.add_argument("--across", type=int, default=1, help="prompts per row of the grid; default: 1")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write each picture there, as PNG")
+    parser.add_argument("--count", type=int, help="use only the first COUNT prompts")
+    parser.add_argument("--steps", type=int, help="solver steps; default: 40, or those of the steering recipe")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        help="guidance scale; default: as in training (1, or the embedded scale of a distilled model), or the steering recipe's",
+    )
+    parser.add_argument(
+        "--resolution", type=int, help="pixels; default: the LoRA's training resolution, or the model's"
+    )
+    parser.add_argument("--seed", type=int, help="seed of the noise; default: 0, or the steering recipe's")
     parser.add_argument("--batch", type=int, help="pictures made at once; default: 8 (micro_batch of steering recipes)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: bfloat16 on a GPU, float32 without one")
     steering = parser.add_argument_group("steering")
@@ -42,13 +47,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--steer", metavar="METHOD", help="best_of_n, fk (Feynman-Kac) or dps (guidance by gradients)"
     )
     steering.add_argument("--steering", metavar="RECIPE", help="a recipe such as recipes/steer/shapes.yaml")
-    steering.add_argument("--set", nargs="+", default=[], metavar="key=value", help="keys of it to set")
-    steering.add_argument("--trace", type=Path, metavar="OUT.json", help="write what happened to the particles")
+    steering.add_argument("--set", nargs="+", default=[], metavar="key=value", help="recipe keys to set")
+    steering.add_argument("--trace", type=Path, metavar="OUT.json", help="write the particles' values and ancestors")
     return parser.parse_args(arguments)
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot be sampled, before anything is loaded."""
+    """Raise InputError for arguments that cannot work, before anything is loaded."""
     for name in ("steps", "batch", "count", "across"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
@@ -64,11 +69,11 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def read_steering(arguments: argparse.Namespace):
-    """The steering recipe with what the command line sets of it, or None. Raises InputError where they do not fit."""
+    """Return the steering recipe with the command line's settings, or None. Raises InputError where they do not fit."""
     if arguments.steer is None:
         for name in ("steering", "set", "trace"):
             if getattr(arguments, name):
-                raise InputError(f"--{name} goes with --steer METHOD, which is missing")
+                raise InputError(f"--{name} needs --steer METHOD")
         return None
     if arguments.steering is None:
         raise InputError("--steer needs --steering RECIPE, such as recipes/steer/shapes.yaml")
@@ -95,8 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from nft.evaluation.sample import Sampler, gather_prompts, sample_all, steer_all, write_pictures
+    from stitchvm_reward.runs.pictures import picture_grid
     from stitchvm_reward.runs.recipe import DTYPES, one_of
-    from stitchvm_reward.runs.tracking import picture_grid
 
     if arguments.dtype is not None:
         one_of("--dtype", arguments.dtype, DTYPES)
@@ -107,15 +112,22 @@ def run(arguments: argparse.Namespace) -> None:
     if recipe is not None:
         from stitchvm_reward.steering.build import check_memory_first
 
-        check_memory_first(arguments.model, arguments.resolution, dtype, device, arguments.steer, recipe)
+        check_memory_first(
+            arguments.model,
+            arguments.resolution,
+            dtype=dtype,
+            device=device,
+            method=arguments.steer,
+            settings=recipe,
+        )
     sampler = Sampler(arguments.model, arguments.lora, dtype, device, arguments.resolution)
-    seed, told = arguments.seed or 0, ""
+    seed, details = arguments.seed or 0, ""
     if recipe is None:
-        steps, guidance, batch = arguments.steps or 40, arguments.guidance or 1.0, arguments.batch or 8
-        images = sample_all(sampler, prompts, batch, seed, steps, guidance)
+        steps, batch = arguments.steps or 40, arguments.batch or 8
+        images = sample_all(sampler, prompts, batch, seed=seed, steps=steps, guidance=arguments.guidance)
     else:
         images, trace = steer_all(sampler, prompts, arguments.steer, recipe)
-        seed, told = recipe.seed, f", steered by {arguments.steer}"
+        seed, details = recipe.seed, f", steered by {arguments.steer}"
         if arguments.trace is not None:
             write_json(arguments.trace, {"prompts": prompts, "trace": trace})
     try:
@@ -125,8 +137,8 @@ def run(arguments: argparse.Namespace) -> None:
             write_pictures(images, arguments.out)
     except OSError as error:
         raise InputError(f"cannot write the pictures: {error}") from None
-    told += f", {sampler.layers} layers of {arguments.lora} attached" if sampler.tuned else ""
-    print(f"wrote {arguments.grid}: {len(prompts)} prompts at {sampler.resolution} px, seed {seed}{told}")
+    details += f", {sampler.layers} layers of {arguments.lora} attached" if sampler.tuned else ""
+    print(f"wrote {arguments.grid}: {len(prompts)} prompts at {sampler.resolution} px, seed {seed}{details}")
 
 
 def main() -> int:

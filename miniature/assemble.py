@@ -75,8 +75,8 @@ def measure(folder: Path) -> None:
     assemble(folder, WEIGHTS)
     towers, judge = load_towers(folder), load_towers(folder, "reward")
     generator, autoencoder = load_generator(folder), load_vae(folder)
-    found = {"vae": vae.quality(autoencoder, scenes.draw_scenes(500, 911, True)), "clip": reward.quality(judge)}
-    found["clip"].pop("recall_second")  # the second text tower is the generator's alone
+    result = {"vae": vae.quality(autoencoder, scenes.draw_scenes(500, 911, True)), "clip": reward.quality(judge)}
+    result["clip"].pop("recall_second")  # the second text tower is the generator's alone
     chosen = scenes.draw_scenes(400, 912, held_out=True, shares=(0.5, 0.5, 0.0))
     captions = [scene.caption for scene in chosen]
     images = decode(autoencoder, sample(generator, captions, towers, steps=25, seed=913))
@@ -84,10 +84,10 @@ def measure(folder: Path) -> None:
     embedded, texts = judge.embed_images(images), judge.embed_texts(clip.tokenize(captions))[0]
     truth, head, similarity = scenes.true_aesthetic(images), judge.head(embedded)[:, 0], (embedded * texts).sum(-1)
     right, wrong = similarity[strict == 1], similarity[strict == 0]
-    found["generator"] = verdict(chosen, images) | {
+    result["generator"] = verdict(chosen, images) | {
         "spearman_head": clip.spearman(head, truth),
         "clip_prefers_right": float((right[:, None] > wrong[None, :]).float().mean()),
     }
     grid(images[:64], 8, WEIGHTS.parent / "samples.png")
-    (WEIGHTS.parent / "quality.json").write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    (WEIGHTS.parent / "quality.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))

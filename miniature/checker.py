@@ -83,20 +83,20 @@ def read(images: torch.Tensor) -> list[Reading]:
     """Read (batch, 3, 64, 64) images in [0, 1]."""
     images = images.float().cpu().clamp(0, 1)
     colours = _colour_map(images)
-    found = []
+    patches = []
     for index, picture in enumerate(colours.numpy()):
         for colour in np.unique(picture[picture >= 0]):
             labels, count = ndimage.label(picture == colour)
             areas = np.bincount(labels.ravel())
             kept = [label for label in range(1, count + 1) if areas[label] >= SMALLEST]
-            found += [(index, colour, torch.from_numpy(labels == label)) for label in kept]
+            patches += [(index, colour, torch.from_numpy(labels == label)) for label in kept]
     blobs: list[list[Blob]] = [[] for _ in images]
-    if found:
-        masks = torch.stack([mask for *_, mask in found]).float()
+    if patches:
+        masks = torch.stack([mask for *_, mask in patches]).float()
         shapes, templates = _normalise(masks)[:, None], _templates()[None]
         overlap = torch.minimum(shapes, templates).sum((2, 3)) / torch.maximum(shapes, templates).sum((2, 3))
         likeness, kinds = overlap.max(1)
-        for (index, colour, mask), best, kind in zip(found, likeness.tolist(), kinds.tolist()):
+        for (index, colour, mask), best, kind in zip(patches, likeness.tolist(), kinds.tolist()):
             y, x = (coordinates.float().mean().item() + 0.5 for coordinates in mask.nonzero(as_tuple=True))
             blobs[index].append(Blob(list(COLOURS)[colour], KINDS[kind], best, x, y, int(mask.sum())))
     grounds = scenes.border_colour(images)[:, :, 0, 0]

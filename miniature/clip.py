@@ -17,7 +17,7 @@ from miniature.training import train
 
 STEPS = 1150
 BATCH = 112
-DISTORTED = 40  # extra pictures a step, for the aesthetic loss alone
+DISTORTED = 40  # extra pictures per step, for the aesthetic loss alone
 PROJECTION = 128
 SECOND_WIDTH = 64  # of the second text tower
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -75,7 +75,7 @@ class Towers(nn.Module):
 
 
 def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Pictures outside the world's own: faded, oversaturated, blended, blurred, flattened, noisy, tinted.
+    """Pictures outside this world: faded, oversaturated, blended, blurred, flattened, noisy, tinted.
 
     The head learns the true score of these too, so that a policy cannot easily please it by leaving the data.
     """
@@ -110,8 +110,8 @@ def spearman(first: torch.Tensor, second: torch.Tensor) -> float:
 
 def distinct(count: int, seed: int) -> list[scenes.Scene]:
     """Held-out scenes no two of which state the same facts."""
-    found = {scene.facts: scene for scene in scenes.draw_scenes(8 * count, seed, held_out=True)}
-    return list(found.values())[:count]
+    result = {scene.facts: scene for scene in scenes.draw_scenes(8 * count, seed, held_out=True)}
+    return list(result.values())[:count]
 
 
 @torch.no_grad()
@@ -122,17 +122,17 @@ def quality(towers: Towers) -> dict[str, float]:
     images = scenes.render(chosen)
     embedded = towers.embed_images(images)
     first, second = towers.embed_texts(tokenize([scene.caption for scene in chosen]))
-    own = torch.arange(len(chosen))
+    diagonal = torch.arange(len(chosen))
     plain = scenes.render(scenes.draw_scenes(1000, 908, True))
     strange = distort(scenes.render(scenes.draw_scenes(200, 903, True)), torch.Generator().manual_seed(0))
-    found = {
-        "recall": float(((embedded @ first.T).argmax(1) == own).float().mean()),
-        "recall_second": float(((embedded @ second.T).argmax(1) == own).float().mean()),
+    result = {
+        "recall": float(((embedded @ first.T).argmax(1) == diagonal).float().mean()),
+        "recall_second": float(((embedded @ second.T).argmax(1) == diagonal).float().mean()),
         "spearman": spearman(towers.head(towers.embed_images(plain))[:, 0], scenes.true_aesthetic(plain)),
         "spearman_distorted": spearman(towers.head(towers.embed_images(strange))[:, 0], scenes.true_aesthetic(strange)),
     }
     towers.train()
-    return found
+    return result
 
 
 def contrast(pictures: torch.Tensor, texts: torch.Tensor, known: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from miniature.clip import Towers
 from miniature.training import train
 
 STEPS = 2650
-PAIRS = 56  # scenes a step, each with its altered sibling
+PAIRS = 56  # scenes per step, each with its altered sibling
 MALFORMED = 28
 DISTORTED = 32
 
@@ -80,12 +80,12 @@ def told_apart(towers: Towers, count: int = 400) -> float:
     chosen = scenes.draw_scenes(count, 907, held_out=True)
     altered = [scenes.alter(scene, rng) for scene in chosen]
     texts = towers.embed_texts(clip.tokenize([scene.caption for scene in chosen]))[0]
-    own, other = (towers.embed_images(scenes.render(drawn)) for drawn in (chosen, altered))
-    return float(((texts * own).sum(-1) > (texts * other).sum(-1)).float().mean())
+    original, other = (towers.embed_images(scenes.render(drawn)) for drawn in (chosen, altered))
+    return float(((texts * original).sum(-1) > (texts * other).sum(-1)).float().mean())
 
 
 def quality(towers: Towers) -> dict[str, float]:
-    """As `clip.quality`, and how well altered siblings are told apart."""
+    """As `clip.quality`, and how well altered siblings are distinguished."""
     return clip.quality(towers) | {"siblings": told_apart(towers.eval())}
 
 

@@ -242,7 +242,7 @@ def border_colour(images: torch.Tensor) -> torch.Tensor:
 
 
 def true_aesthetic(images: torch.Tensor) -> torch.Tensor:
-    """The world's own taste, (batch,) float32 in 1..10, computed from pixels in [0, 1].
+    """Return the world's true aesthetic score, (batch,) float32 in 1..10, computed from pixels in [0, 1].
 
     Likes vivid shapes (.4), strong contrast to the background (.2), a composition whose centre of mass is the
     picture's (.25) and a quarter of the picture covered (.15). A blank, grainy or wholly covered picture has no
@@ -270,8 +270,8 @@ def true_aesthetic(images: torch.Tensor) -> torch.Tensor:
 
 def distinct_captions(count: int, seed: int, held_out: bool) -> list[str]:
     """`count` captions of one and two shapes, no two alike."""
-    found: dict[str, None] = {}
+    captions: dict[str, None] = {}
     rng = np.random.default_rng(seed)
-    while len(found) < count:
-        found[draw_scene(rng, held_out, shares=(0.5, 0.5, 0.0)).caption] = None
-    return list(found)
+    while len(captions) < count:
+        captions[draw_scene(rng, held_out, shares=(0.5, 0.5, 0.0)).caption] = None
+    return list(captions)

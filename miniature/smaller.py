@@ -28,7 +28,7 @@ def prune(teacher: SD3Transformer2DModel, kept: tuple[int, ...] = KEPT) -> SD3Tr
     the weights, where the last block is another: Stable Diffusion 3 builds that one without an output for the text.
     """
     dual = tuple(number for number, block in enumerate(kept) if block in teacher.config.dual_attention_layers)
-    # Without the teacher's own folder, which would be saved as where this one came from.
+    # Without the folder of the teacher, which would be saved as the origin of this network.
     config = {name: value for name, value in teacher.config.items() if name != "_name_or_path"}
     smaller = SD3Transformer2DModel.from_config(config, num_layers=len(kept), dual_attention_layers=dual)
     for name, part in smaller.named_children():
@@ -44,15 +44,15 @@ def embed(pipeline: StableDiffusion3Pipeline, captions: list[str]) -> tuple[torc
     """Tokens (count, 2 * LENGTH, width) and pooled embeddings (count, width) in half precision, as the pipeline's."""
     tokens, pooled = [], []
     for first in range(0, len(captions), 500):
-        found = pipeline.encode_prompt(
+        result = pipeline.encode_prompt(
             captions[first : first + 500],
             prompt_2=None,
             prompt_3=None,
             do_classifier_free_guidance=False,
             max_sequence_length=wording.LENGTH,
         )
-        tokens.append(found[0].half())
-        pooled.append(found[2].half())
+        tokens.append(result[0].half())
+        pooled.append(result[2].half())
     return torch.cat(tokens), torch.cat(pooled)
 
 
@@ -108,7 +108,7 @@ def quality(folder: Path, count: int = 200, steps: int = 25) -> dict[str, float]
 def measure() -> None:
     """Put the quality of both pipeline folders, on the same captions and noise, under "smaller" in the table."""
     path = WEIGHTS.parent / "quality.json"
-    found = json.loads(path.read_text())
-    found["smaller"] = {folder.name: quality(folder) for folder in (FIRST, SMALLER)}
-    path.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found["smaller"], indent=2))
+    result = json.loads(path.read_text())
+    result["smaller"] = {folder.name: quality(folder) for folder in (FIRST, SMALLER)}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result["smaller"], indent=2))

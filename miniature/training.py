@@ -92,8 +92,8 @@ def train(
         if every is not None and (done % evaluate_every == 0 or done == steps):
             raw = {n: p.detach().clone() for n, p in module.named_parameters()}
             shadow.copy_to(module)
-            found = every(done, module)
-            tqdm.write(f"{name} {done}: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+            result = every(done, module)
+            tqdm.write(f"{name} {done}: " + "  ".join(f"{k} {v:.4f}" for k, v in result.items()))
             with torch.no_grad():
                 for n, p in module.named_parameters():
                     p.copy_(raw[n])

@@ -94,8 +94,8 @@ def pretrain(folder: Path, pool: torch.Tensor, stop_at: int | None = None) -> Au
     return vae.eval()
 
 
-def finish(vae: AutoencoderKL, found: dict[str, float]) -> None:
+def finish(vae: AutoencoderKL, result: dict[str, float]) -> None:
     """Write the measured scaling and shift of the latents into the config."""
     vae.register_to_config(
-        scaling_factor=round(1 / found["latent_std"], 4), shift_factor=round(found["latent_mean"], 4)
+        scaling_factor=round(1 / result["latent_std"], 4), shift_factor=round(result["latent_mean"], 4)
     )

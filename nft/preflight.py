@@ -1,21 +1,25 @@
-"""What can be known to fail before any weight is loaded, is found here."""
+"""Checks of a recipe that need no weights, so that a run that must fail does so before anything is loaded."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
-from nft.config import ModelRecipe, Recipe
+from nft.config import Recipe
 from nft.export.lora import read_lora
 from nft.prompts import check_prompts
+from stitchvm_reward.diffusion.generator import chosen_guidance
+from stitchvm_reward.diffusion.recipe import ModelRecipe
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.families import architecture_of, family_of
 from stitchvm_reward.hub import is_hub_id, locate
-from stitchvm_reward.rewards import find_function
 from stitchvm_reward.rewards.clip import require_folder
+from stitchvm_reward.rewards.custom import check_custom, find_function
 from stitchvm_reward.runs.run_folder import check_run_folder
+from stitchvm_reward.runs.tracking import check_trackers
 from stitchvm_reward.stitching.value_model import read_config
 
 
 def _check_model(model: str, parts: tuple[str, ...]) -> None:
-    """Raise InputError for a local model folder that is missing or lacks a part; hub ids are met on loading."""
+    """Raise InputError for a local model folder that is missing or lacks a part; hub ids are checked on loading."""
     if is_hub_id(model):
         return
     folder = locate(model, parts)
@@ -25,7 +29,7 @@ def _check_model(model: str, parts: tuple[str, ...]) -> None:
 
 
 def check_value_model(folder: str, model: ModelRecipe) -> None:
-    """Raise InputError for a value model that is missing, telling how to build it, or made for another model."""
+    """Raise InputError for a value model that is missing, with its build command, or made for another model."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         command = f"accelerate launch launch/stitch.py {builder_of(path) or 'RECIPE'}"
@@ -36,16 +40,16 @@ def check_value_model(folder: str, model: ModelRecipe) -> None:
             f"{folder} is for {config['resolution']} px, model.resolution is {model.resolution}: "
             "stitch a value model for this size"
         )
-    own = config["backbone"]
-    if own["conditioning"] == "prompt" and own["text_length"] != model.text_length:
+    backbone = config["backbone"]
+    if backbone["conditioning"] == "prompt" and backbone["text_length"] != model.text_length:
         raise InputError(
-            f"{folder} reads prompts of {own['text_length']} T5 tokens, model.text_length is {model.text_length}: "
+            f"{folder} reads prompts of {backbone['text_length']} tokens, model.text_length is {model.text_length}: "
             "set the one to the other"
         )
 
 
 def builder_of(folder: Path) -> Path | None:
-    """The recipe of recipes/stitch that writes this value model, if any does."""
+    """Return the recipe of recipes/stitch that writes this value model, or None."""
     for recipe in sorted(Path("recipes/stitch").glob("*.yaml")):
         if f"out: {folder.parent}" in recipe.read_text().splitlines():
             return recipe
@@ -61,12 +65,16 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_inputs(recipe: Recipe) -> None:
     """Check the model, the rewards and the measures that a recipe names, without their weights. Raises InputError."""
-    _check_model(
-        recipe.model.path, ("model_index.json", "transformer", "vae", "scheduler", "text_encoder", "tokenizer")
-    )
+    _check_model(recipe.model.path, ("model_index.json",))
+    family = family_of(recipe.model.path)
+    _check_model(recipe.model.path, ("model_index.json", "transformer", "vae", "scheduler", *family.text_parts))
+    if not is_hub_id(recipe.model.path) or recipe.model.path in family.published:
+        config = architecture_of(recipe.model.path).transformer
+        chosen_guidance(family, config, recipe.model.guidance, recipe.model.path)
+    check_trackers(recipe.tracking)
     for reward in recipe.rewards:
-        if reward.kind == "function":
-            find_function(reward.function)
+        if reward.custom:
+            check_custom(reward)
             continue
         if reward.kind == "value":
             check_value_model(reward.value_model, recipe.model)

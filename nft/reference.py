@@ -41,7 +41,7 @@ def _commit() -> str:
 def _verdict(expected: float, found: float | None) -> str:
     if found is None or not math.isfinite(found):
         return "different"
-    if found == expected:
+    if float(f"{found:.6g}") == float(f"{expected:.6g}"):  # references keep six significant digits
         return "equal"
     return "close" if abs(found - expected) <= max(CLOSE_LEAST, CLOSE_SHARE * abs(expected)) else "different"
 

@@ -37,7 +37,7 @@ def hide_loading_bars() -> None:
 
 
 def run_command(run: Callable[[], int | None]) -> int:
-    """Return the exit code of a command: what `run` returns (0 for None), or 2 after an InputError, which is printed."""
+    """Run a command and return its exit code: the result of `run` (0 for None), or 2 after printing an InputError."""
     try:
         return run() or 0
     except InputError as error:

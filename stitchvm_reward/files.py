@@ -45,18 +45,18 @@ def staged(path: Path) -> Iterator[Path]:
     An existing file or folder of that name is replaced. If the body raises, it is kept and nothing is left behind.
     Several processes may write the same name at once; the last one wins. Raises OSError if writing fails.
     """
-    beside = _nearest(path) / f".{path.name}.{os.getpid()}.staged"
+    temporary = _nearest(path) / f".{path.name}.{os.getpid()}.staged"
     try:
         # A killed process may have had the same process id.
-        _remove(beside)
-        yield beside
-        usual_mode(beside)
+        _remove(temporary)
+        yield temporary
+        usual_mode(temporary)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() and beside.is_dir():
+        if path.is_dir() and temporary.is_dir():
             shutil.rmtree(path)
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        _remove(beside)
+        _remove(temporary)
 
 
 def check_writable(path: Path) -> None:

@@ -28,9 +28,12 @@ class FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         if function is F.scaled_dot_product_attention:
-            scale = (named or {}).get("scale")
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments[:3], scale=scale)[0]
+            return _fused(*arguments, **(named or {}))
         return function(*arguments, **(named or {}))
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, *_, scale: float | None = None, **__) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)[0]
 
 
 def _attention(query: Any, key: Any, value: Any, *_, out_shape: Any = None, **__) -> int:

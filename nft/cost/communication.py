@@ -1,7 +1,7 @@
-"""What the processes of a run say to each other, in bytes, and an estimate of what that costs on many GPUs.
+"""What the processes of a run exchange, in bytes, and an estimate of what that costs on many GPUs.
 
-Counted from the code of the trainer under DDP, and held to what two processes really exchange by
-tests/distributed/test_communication.py.
+The counts follow the code of the trainer under DDP; tests/distributed/test_communication.py compares them with what two
+processes really exchange.
 """
 
 import math
@@ -11,19 +11,21 @@ from statistics import mean
 from typing import Any
 
 from nft.config import Recipe
-from nft.geometry import Geometry, geometry_of
-from nft.cost.plan import Costs, work
+from nft.cost.plan import recipe_geometry, work
+from nft.cost.shapes import Costs
+from nft.geometry import Geometry
+from nft.objectives import objective_class
 from nft.rollout import stop_step
 from stitchvm_reward.runs.geometry import share
 
-GRADIENT, SCORE, MEETING = 4, 8, 3 * 8  # bytes: a float32, a float64, the three int64 of RankSync.settle
-LOSS_SUMS = 4 * 4  # bytes: three loss terms and one place, float32
+GRADIENT, SCORE, MEETING = 4, 8, 3 * 8  # bytes: a float32, a float64, the three int64 of RankSync.sync
+TERM = 4  # bytes: a float32
 EPOCHS = 4  # whose stops an estimate averages
 
 
 @dataclass(frozen=True)
 class Message:
-    """One kind of reduction over all processes: `times` of them, and the bytes that each process hands to one."""
+    """One kind of reduction over all processes: how many `times`, and the bytes that each process contributes to one."""
 
     what: str
     times: float
@@ -31,34 +33,34 @@ class Message:
 
     @property
     def bytes(self) -> float:
-        """What a process hands over in all of them."""
+        """Bytes that a process contributes to all of them."""
         return self.times * self.size
 
     def sent(self, processes: int) -> float:
-        """Bytes that each process sends for them in a ring, on average."""
+        """Return the bytes that each process sends for them in a ring, on average."""
         return 2 * (processes - 1) / processes * self.bytes
 
 
 def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> list[Message]:
-    """Every message of one epoch of rollout, scoring, audit and training; none where there is one process.
+    """Return every message of one epoch of rollout, scoring, audit and training; none for a single process.
 
-    Audits are spread over the epochs. Evaluation is apart; a checkpoint, a start and an end cost a few meetings more.
+    Audits are spread over the epochs. Evaluation is separate; a checkpoint, a start and an end need a few syncs more.
     """
     if processes == 1:
         return []
-    geometry, updates = geometry_of(recipe, processes), recipe.train.updates_per_epoch
+    geometry, updates = recipe_geometry(recipe, processes), recipe.train.updates_per_epoch
+    objective = objective_class(recipe.train.objective)
     rounds = sum(geometry.rounds(update) for update in range(updates))
     scores = SCORE * geometry.samples
     audits = 1 / recipe.audit.every if recipe.audit.every else 0.0
     found = [
         Message("gradients", updates, GRADIENT * adapter_parameters),
-        Message("loss sums", updates, LOSS_SUMS),
+        Message("loss sums", updates, TERM * (len(objective.terms) + 1)),
         # Each reward and their sum; which prompt a sample is of, and where its rollout stopped.
         Message("rewards", len(recipe.rewards) + 1, scores),
-        # Which only rewards that are compared need.
-        Message("groups and tau", 0 if recipe.train.objective == "draft" else 2, scores),
+        Message("groups and tau", objective.gathered, scores),
         Message("meetings of the rollout", 1 + most(geometry), MEETING),
-        Message("meetings of the training", rounds, MEETING),
+        Message("meetings of the training", rounds + objective.syncs_per_update * updates, MEETING),
         Message("audit: values and rewards", 2 * audits, scores),
         Message("audit: meeting", audits, MEETING),
     ]
@@ -66,7 +68,7 @@ def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> 
 
 
 def bytes_per_evaluation(recipe: Recipe, processes: int) -> list[Message]:
-    """Every message of one evaluation; none where there is one process."""
+    """Return every message of one evaluation; none for a single process."""
     if processes == 1:
         return []
     count, side = recipe.evaluation.samples, recipe.model.resolution
@@ -80,7 +82,7 @@ def bytes_per_evaluation(recipe: Recipe, processes: int) -> list[Message]:
 
 
 def most(geometry: Geometry) -> int:
-    """Micro batches of the process that has the most."""
+    """Return the micro batches of the process that has the most."""
     return max(map(len, geometry.deal()))
 
 
@@ -132,7 +134,7 @@ def _flops(recipe: Recipe, geometry: Geometry, found: Costs, stops: Sequence[flo
     phases = {name: 1e12 * cost / geometry.samples for name, cost in work(recipe, geometry, found).items()}
     after = phases["decode"] + phases["score"]
     members = [geometry.members(batch) for batch in range(geometry.batches)]
-    left = recipe.train.draft_steps if recipe.train.objective == "draft" else 0
+    left = objective_class(recipe.train.objective).cost(recipe.train).solver_steps
     rollout = [
         sum((stops[n // geometry.group_size] - left) * found.forward_flops + after for n in samples)
         for samples in members
@@ -153,7 +155,7 @@ def estimate(recipe: Recipe, found: Costs, processes: int, cluster: Cluster) -> 
     stop at different steps meet. `efficiency` is the even share over the whole. Audits, evaluation and checkpoints
     are left out.
     """
-    geometry, window = geometry_of(recipe, processes), recipe.rollout.stop_window
+    geometry, window = recipe_geometry(recipe, processes), recipe.rollout.stop_window
     level = sum(window) / 2 if window else recipe.rollout.steps
     rate = cluster.peak * cluster.reached
     even, waited = (flops / rate for flops in _flops(recipe, geometry, found, [level] * geometry.groups))

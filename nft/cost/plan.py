@@ -12,7 +12,6 @@ from nft.policy import ADAPTERS
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import architecture_of, family_of
 
-
 GIB = 2**30
 
 

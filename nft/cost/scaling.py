@@ -1,6 +1,6 @@
 """How a recipe scales: python -m nft.cost.scaling RECIPE [key=value ...] [--processes 1 2] [--epochs 4] [--out FILE.json]
 
-Trains on each number of processes of this machine, the same samples every time, and tells images a second and the
+Trains on each number of processes of this machine, the same samples every time, and tells images per second and the
 share of the time that is communication. --estimate tells instead, from the recipe alone, what the processes say to
 each other in bytes and what an epoch should take on many GPUs.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from stitchvm_reward.command import run_command, available_device, hide_loading_bars
+from stitchvm_reward.command import available_device, hide_loading_bars, run_command
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.files import check_writable, write_json
 
@@ -81,7 +81,7 @@ def measure_here(recipe: "Recipe", accelerator: "Accelerator", epochs: int) -> d
         rows.append((time.perf_counter() - start, met, time.process_time() - worked))
     if trainer.tracker is not None:
         trainer.tracker.close()
-    count = sum(parameter.numel() for parameter in trainer.backend.parameters)
+    count = sum(parameter.numel() for parameter in trainer.learner.backend.parameters)
     lone = accelerator.num_processes == 1
     gradient, said = torch.zeros(count, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     return {
@@ -98,8 +98,8 @@ def work(plan: Path) -> None:
     """One process of a measurement: leaves what it found in rank-N.json beside the plan."""
     hide_loading_bars()
     from nft.config import load_recipe
-    from stitchvm_reward.runs.launcher import shutdown, make_accelerator
-    from stitchvm_reward.stitching.benchmark import machine
+    from stitchvm_reward.measure import machine
+    from stitchvm_reward.runs.launcher import make_accelerator, shutdown
 
     given = json.loads(plan.read_text())
     recipe = load_recipe(given["recipe"], given["overrides"])
@@ -214,7 +214,7 @@ def estimated(recipe: "Recipe") -> tuple[dict[str, Any], list[str]]:
         grown,
         message_lines,
     )
-    from nft.cost.plan import costs
+    from nft.cost.shapes import costs
 
     found, cluster, base = costs(recipe), Cluster(), GPUS[0]
     messages = bytes_per_epoch(recipe, found.adapter_parameters, base)

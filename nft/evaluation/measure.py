@@ -16,8 +16,7 @@ from nft.preflight import check_inputs
 from nft.prompts import read_prompts
 from nft.rollout import sample
 from nft.scoring import Scorer
-from stitchvm_reward.diffusion.generator import PromptCache
-from stitchvm_reward.diffusion.solvers import sigma_schedule
+from stitchvm_reward.diffusion.prompt_cache import PromptCache
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards import check_finite
 from stitchvm_reward.runs import randomness
@@ -26,15 +25,17 @@ CONFIDENCE = 0.95
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95% confidence interval of the mean of (count,) values after Student's t; of equal values, a point."""
+    """Return the 95% confidence interval of the mean of (count,) values by Student's t; a point for equal values."""
     mean, error = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
     return mean - reach, mean + reach
 
 
 def compare(name: str, base: np.ndarray, tuned: np.ndarray | None) -> dict[str, Any]:
-    """One measure's row: means of (count,) scores and, with a tuned model, the paired difference tuned - base with
-    its interval (a paired t interval) and the shares of prompts that became better and worse."""
+    """Return the row of one measure: means of (count,) scores and, with a tuned model, the paired difference.
+
+    The difference is tuned - base, with its paired t interval and the shares of prompts that became better and worse.
+    """
     row: dict[str, Any] = {"measure": name, "base": float(base.mean()), "base_interval": interval(base)}
     if tuned is not None:
         difference = tuned - base
@@ -49,16 +50,16 @@ def compare(name: str, base: np.ndarray, tuned: np.ndarray | None) -> dict[str, 
 
 
 def held_out_prompts(recipe: Recipe, count: int | None) -> list[str]:
-    """The first `count` held-out prompts of a recipe, by default as many as its evaluation uses.
+    """Return the first `count` held-out prompts of a recipe, by default as many as its evaluation uses.
 
-    Raises InputError where there are fewer, or a count leaves nothing to compare.
+    Raises InputError where there are fewer, or where the count leaves nothing to compare.
     """
     count = recipe.evaluation.samples if count is None else count
     if count < 2:
-        raise InputError(f"--count must be at least 2 to tell a spread, got {count}")
+        raise InputError(f"--count must be at least 2 to estimate a spread, got {count}")
     prompts = read_prompts(recipe.prompts.held_out, recipe.prompts.column, recipe.prompts.held_out_split)
     if len(prompts) < count:
-        raise InputError(f"{recipe.prompts.held_out} holds {len(prompts)} prompts, {count} were asked for")
+        raise InputError(f"{recipe.prompts.held_out} holds {len(prompts)} prompts, {count} were requested")
     return prompts[:count]
 
 
@@ -66,40 +67,39 @@ def held_out_prompts(recipe: Recipe, count: int | None) -> list[str]:
 def evaluate_images(
     recipe: Recipe, lora: Path | None, count: int | None, seed: int | None, device: torch.device
 ) -> list[dict[str, Any]]:
-    """A row of `compare` for every reward, their sum `total` and every measure of a recipe.
+    """Return a row of `compare` for every reward, their sum `total` and every measure of a recipe.
 
-    Images are sampled as the recipe's own evaluation does it: the same prompts, noise (of `seed`, by default the
-    recipe's), Euler steps and size, without guidance. Raises InputError for bad input, before weights are loaded
-    where that is possible.
+    Images are sampled as in the recipe's evaluation: the same prompts, noise (of `seed`, by default the recipe's), Euler
+    steps and size, without classifier-free guidance. Raises InputError for bad input, before weights are loaded where
+    that is possible.
     """
     if lora is not None:
         lora_layers(lora)
     check_inputs(recipe)
     prompts = held_out_prompts(recipe, count)
-    dtype, model = getattr(torch, recipe.model.dtype), recipe.model
-    embeddings = PromptCache(model.path, recipe.prompts.cache, model.text_length, dtype, device)
-    embeddings.ensure(prompts, progress=lambda items: tqdm(items, desc="encode prompts", leave=False))
-    scorer = Scorer(recipe, device)
+    cache = PromptCache(recipe.model, recipe.prompts.cache, device)
+    cache.ensure(prompts, progress=lambda items: tqdm(items, desc="encode prompts", leave=False))
+    scorer = Scorer(recipe.rewards, recipe.evaluation.metrics, device)
     generator = load_generator(recipe, device)
     network: Any = generator.transformer
     names = ["base"] if lora is None else ["base", "tuned"]
     if lora is not None:
         attach_lora(network, lora)
-    sigmas = sigma_schedule(recipe.evaluation.steps, generator.shift)
-    found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
+    sigmas = generator.sigmas(recipe.evaluation.steps)
+    parts_of: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
     size = recipe.rollout.micro_batch
     for start in tqdm(range(0, len(prompts), size), desc="sample and score", leave=False, dynamic_ncols=True):
         indices = list(range(start, min(start + size, len(prompts))))
         texts = [prompts[index] for index in indices]
-        own_seed = recipe.seed if seed is None else seed
-        noise = randomness.noise(generator.latent_shape, own_seed, randomness.EVALUATION, 0, indices)
+        noise_seed = recipe.seed if seed is None else seed
+        noise = randomness.noise(generator.latent_shape, noise_seed, randomness.EVALUATION, 0, indices)
         for name in names:
             if lora is not None:
                 (network.enable_lora if name == "tuned" else network.disable_lora)()
-            latents = sample(generator, network, embeddings.conditions(texts), noise, sigmas, "euler")
+            latents = sample(generator, network, cache.conditions(texts), noise, sigmas)
             for measure, scores in scorer.measure(generator.decode(latents), texts).items():
-                found[name].setdefault(measure, []).append(scores.double().cpu())
-    whole = {name: {key: torch.cat(parts).numpy() for key, parts in found[name].items()} for name in names}
+                parts_of[name].setdefault(measure, []).append(scores.double().cpu())
+    whole = {name: {key: torch.cat(parts).numpy() for key, parts in parts_of[name].items()} for name in names}
     for scores_of in whole.values():
         for name in [*scorer.rewards, "total"]:
             check_finite(name, torch.from_numpy(scores_of[name]))
@@ -107,7 +107,7 @@ def evaluate_images(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text."""
+    """Return the rows as text."""
     if "tuned" not in rows[0]:
         lines = [f"{'measure':18}{'base':>9}  95% interval"]
         for row in rows:

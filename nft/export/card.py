@@ -11,7 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from nft.export.lora import LORA_NAME, default_title, reward_text
 from nft.export.trained import Trained
-from stitchvm_reward.diffusion.architectures import published_as
+from nft.objectives import objective_class
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import is_hub_id
 from stitchvm_reward.runs.recipe import dump
@@ -20,10 +20,6 @@ from stitchvm_reward.runs.tracking import read_metrics
 FORMATS = ("comfyui", "peft", "merged")
 OUR_TAG = "stitch-nft"
 PICTURES = {"curves.png": "Measures over the run", "before_after.png": "Held-out pictures before and after the run"}
-METHODS = {
-    "nft": "reinforcement with the negative-aware objective of [DiffusionNFT](https://arxiv.org/abs/2509.16117)",
-    "draft": "direct reward fine-tuning ([DRaFT](https://arxiv.org/abs/2309.17400))",
-}
 LAYOUTS = {
     "comfyui": "in the layout that ComfyUI and diffusers read",
     "peft": "in PEFT's own layout",
@@ -32,7 +28,7 @@ LAYOUTS = {
 LOADING = {
     "comfyui": f'pipeline.load_lora_weights("FOLDER", weight_name="{LORA_NAME}")',
     "peft": 'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, "FOLDER")',
-    "merged": 'transformer = SD3Transformer2DModel.from_pretrained("FOLDER", subfolder="transformer", dtype=dtype)',
+    "merged": 'transformer = TRANSFORMER.from_pretrained("FOLDER", subfolder="transformer", dtype=dtype)',
 }
 
 
@@ -49,21 +45,22 @@ class Texts:
 def base_name(trained: Trained) -> str | None:
     """The hub id of the base: the recipe's own, or the published model of its shape."""
     path = trained.recipe.model.path
-    return path if is_hub_id(path) else published_as(trained.config)
+    return path if is_hub_id(path) else trained.published
 
 
 def _front_matter(trained: Trained, texts: Texts) -> ModelCardData:
     base = base_name(trained)
-    published = published_as(trained.config)
+    published = trained.published
     licence: dict[str, Any] = {"license": texts.license} if texts.license else {}
     if not licence and published is not None:
+        name = trained.family.published[published].license_name
         link = f"https://huggingface.co/{published}/blob/main/LICENSE.md"
-        licence = {"license": "other", "license_name": "stabilityai-ai-community", "license_link": link}
+        licence = {"license": "other", "license_name": name, "license_link": link}
     return ModelCardData(
         base_model=base,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["lora", "text-to-image", "stable-diffusion-3", OUR_TAG],
+        tags=["lora", "text-to-image", trained.family.tag, OUR_TAG],
         **licence,
     )
 
@@ -79,7 +76,7 @@ def held_out_lines(trained: Trained) -> list[str]:
         "## Held out",
         "",
         f"{recipe.evaluation.samples} prompts that were not trained on, one image each from fixed noise, "
-        f"{recipe.evaluation.steps} Euler steps without guidance; averaged (ema) weights.",
+        f"{recipe.evaluation.steps} Euler steps, {_guidance_text(trained)}; averaged (ema) weights.",
         "",
         f"| measure | epoch {first['epoch']} | epoch {last['epoch']} | change | spread before, after |",
         "|---|---|---|---|---|",
@@ -92,24 +89,32 @@ def held_out_lines(trained: Trained) -> list[str]:
     return [*lines, ""]
 
 
+def _guidance_text(trained: Trained) -> str:
+    """Say which guidance the model was trained with."""
+    if trained.family.embeds_guidance(trained.config):
+        return f"the embedded guidance scale {trained.guidance:g}: keep `guidance_scale` there"
+    return "no guidance: keep `guidance_scale` at 1"
+
+
 def _use_lines(trained: Trained, kind: str, address: str) -> list[str]:
     """How to sample with the export, in diffusers and in ComfyUI."""
     model = trained.recipe.model
-    length = "" if model.text_length == 256 else f", max_sequence_length={model.text_length}"
+    length = "" if model.text_length == trained.family.text_length else f", max_sequence_length={model.text_length}"
     steps, side = trained.recipe.evaluation.steps, model.resolution
     base = f'"{base_name(trained) or model.path}"'
     place = "" if model.dtype == "float32" else '.to("cuda")'
-    load = f"pipeline = StableDiffusion3Pipeline.from_pretrained({base}, dtype=dtype){place}"
-    adapted = LOADING[kind].replace("FOLDER", address)
+    pipeline, transformer = trained.family.pipeline.__name__, trained.family.transformer.__name__
+    load = f"pipeline = {pipeline}.from_pretrained({base}, dtype=dtype){place}"
+    adapted = LOADING[kind].replace("FOLDER", address).replace("TRANSFORMER", transformer)
     if kind == "merged":
         body = [adapted, load.replace(", dtype", ", transformer=transformer, dtype")]
     else:
         body = [load, adapted]
-    imports = {"merged": "SD3Transformer2DModel, StableDiffusion3Pipeline"}.get(kind, "StableDiffusion3Pipeline")
+    imports = f"{pipeline}, {transformer}" if kind == "merged" else pipeline
     lines = [
         "## Use",
         "",
-        f"It was trained and measured without guidance at {side} px: keep `guidance_scale` at 1.",
+        f"It was trained and measured at {side} px with {_guidance_text(trained)}.",
         "",
         "```python",
         "import torch",
@@ -118,15 +123,17 @@ def _use_lines(trained: Trained, kind: str, address: str) -> list[str]:
         "",
         f"dtype = torch.{model.dtype}",
         *body,
-        f'image = pipeline("PROMPT", guidance_scale=1.0, num_inference_steps={steps}, height={side}, width={side}'
+        f'image = pipeline("PROMPT", guidance_scale={trained.guidance}, num_inference_steps={steps}, height={side}, width={side}'
         f"{length}).images[0]",
         "```",
         "",
     ]
     if kind == "comfyui":
+        published = trained.published
+        workflow = trained.family.published[published].comfyui_workflow if published else None
         lines += [
-            f"ComfyUI: put `{LORA_NAME}` into `models/loras` and load it with LoraLoaderModelOnly at strength 1; "
-            "`docs/comfyui/sd35_medium_lora.json` of stitch-nft is a workflow for SD3.5 Medium.",
+            f"ComfyUI: put `{LORA_NAME}` into `models/loras` and load it with LoraLoaderModelOnly at strength 1"
+            + (f"; `{workflow}` of stitch-nft is a workflow for it." if workflow else "."),
             "",
         ]
     elif kind == "peft":
@@ -143,7 +150,7 @@ def write_card(folder: Path, trained: Trained, kind: str, dtype: str, deviation:
     body = [
         f"# {texts.title or default_title(recipe)}",
         "",
-        f"LoRA adapters of {base_name(trained) or recipe.model.path} by {METHODS[recipe.train.objective]}, trained "
+        f"LoRA adapters of {base_name(trained) or recipe.model.path} by {objective_class(recipe.train.objective).method}, trained "
         f"with stitch-nft; {LAYOUTS[kind]}.",
         "",
         f"- reward: {reward_text(recipe)}",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -56,7 +55,7 @@ def write_merged(folder: Path, trained: Trained, dtype: torch.dtype) -> None:
     """Write the whole transformer with the deltas added in float32 before the cast, one tensor at a time in memory
     beside the result. Raises InputError where the base cannot be read."""
     with torch.device("meta"):
-        network = SD3Transformer2DModel.from_config(trained.config)
+        network = trained.family.transformer.from_config(trained.config)
     merged = {}
     for name, weight in _base_weights(trained, list(network.state_dict())):
         layer = name.removesuffix(".weight")
@@ -68,10 +67,10 @@ def write_merged(folder: Path, trained: Trained, dtype: torch.dtype) -> None:
     network.save_pretrained(folder, safe_serialization=True)
 
 
-def _hollow(config: dict[str, Any], dtype: torch.dtype) -> Any:
+def _hollow(trained: Trained, dtype: torch.dtype) -> Any:
     """A transformer whose linear layers lie on the CPU without taking memory, for adapters to be loaded onto."""
     with torch.device("meta"):
-        network = SD3Transformer2DModel.from_config(config)
+        network = trained.family.transformer.from_config(trained.config)
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
             shared = torch.zeros((), dtype=dtype, device="cpu").expand(layer.weight.shape)
@@ -120,7 +119,7 @@ def verify_adapters(folder: Path, trained: Trained, dtype: torch.dtype, kind: st
     Returns the deviation of all deltas, as a share of their size. Raises InputError where the layers are not the
     policy's, or an entry of a delta is further from the trained alpha / rank * B A than rounding to `dtype` explains.
     """
-    network = _hollow(trained.config, dtype)
+    network = _hollow(trained, dtype)
     if kind == "comfyui":
         layers = attach_lora(network, folder / LORA_NAME)
     else:
@@ -153,7 +152,7 @@ def verify_merged(folder: Path, trained: Trained, dtype: torch.dtype) -> float:
     The deviation is that from the base in `dtype`: rounding the sum may swallow a good part of a small delta.
     """
     try:
-        written = SD3Transformer2DModel.from_pretrained(folder, dtype=dtype, use_safetensors=True).state_dict()
+        written = trained.family.transformer.from_pretrained(folder, dtype=dtype, use_safetensors=True).state_dict()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         told = str(error).splitlines()[0]
         raise InputError(f"{WRONG}: diffusers cannot read it ({told})") from None

@@ -56,6 +56,7 @@ class Draft(Objective):
     method = "direct reward fine-tuning ([DRaFT](https://arxiv.org/abs/2309.17400))"
     terms: tuple[str, ...] = ("policy_loss", "kl")
     scores_rollouts = False
+    syncs_per_update = 1  # whether the rewards are finite
 
     def __init__(self, parts: Parts):
         super().__init__(parts)

@@ -78,14 +78,15 @@ class Objective(ABC):
 
     `terms` names the sums that each loss returns beside itself; `losses_per_sample` counts losses per sample and epoch.
     `remaining_steps` is how many of its last solver steps a rollout leaves to the update, and `scores_rollouts` tells
-    whether rollouts are scored when they are collected. `gathered` counts the numbers per sample that processes exchange
-    beside the rewards.
+    whether rollouts are scored when they are collected. `gathered` counts the numbers per sample that processes
+    exchange beside the rewards, and `syncs_per_update` the syncs beside one per micro batch.
     """
 
     settings: type[ObjectiveSettings]
     method: str
     terms: tuple[str, ...]
     gathered: int = 0
+    syncs_per_update: int = 0
     scores_rollouts: bool = True
     losses_per_sample: int = 1
     remaining_steps: int = 0

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from stitchvm_reward.diffusion.recipe import ModelRecipe
@@ -73,10 +74,10 @@ class Generator:
             transformer = family.transformer.from_pretrained(
                 folder, subfolder="transformer", dtype=model.torch_dtype, use_safetensors=True
             )
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler").config
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{model.path} is not a complete {family.name} pipeline folder: {reason}") from None
-        scheduler = family.architecture(str(folder)).scheduler
         guidance = chosen_guidance(family, transformer.config, model.guidance, model.path)
         vae = load_vae(model.path, device, vae_dtype)
         return cls(

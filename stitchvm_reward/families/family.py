@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from stitchvm_reward.errors import InputError
@@ -201,7 +201,7 @@ class Family(ABC):
                 model,
                 shapes.transformer,
                 shapes.vae,
-                shapes.scheduler,
+                FlowMatchEulerDiscreteScheduler.from_config(dict(shapes.scheduler)).config,
                 self.published_text,
                 self.published_clip_tokens,
                 self.published_text_parameters,
@@ -214,7 +214,8 @@ class Family(ABC):
             tokens = int(tokenizer["model_max_length"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{folder} is not a complete {self.name} pipeline folder: {error}") from None
-        return Architecture(self, model, transformer, vae, scheduler, tuple(texts), tokens)
+        complete = FlowMatchEulerDiscreteScheduler.from_config(scheduler).config  # with the defaults of missing keys
+        return Architecture(self, model, transformer, vae, complete, tuple(texts), tokens)
 
     def published_as(self, config: Mapping[str, Any]) -> str | None:
         """Return the hub id of the published model whose transformer has the shape of `config`, or None."""

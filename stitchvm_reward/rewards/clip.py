@@ -31,8 +31,8 @@ def require_folder(model: str) -> None:
     """Raise InputError for a CLIP model given as a file of weights; the message says how to convert it to a folder."""
     if Path(model).suffix.lower() in WEIGHT_FILES and not Path(model).expanduser().is_dir():
         raise InputError(
-            f"a reward's model must be a CLIP folder or a hub id, got the file {model}; convert open_clip weights with: "
-            f"python -m stitchvm_reward.rewards.open_clip {model} OUT --tokenizer FOLDER_OR_HUB_ID"
+            f"a reward's model must be a CLIP folder or a hub id, got the file {model}; convert open_clip weights "
+            f"with: python -m stitchvm_reward.rewards.open_clip {model} OUT --tokenizer FOLDER_OR_HUB_ID"
         )
 
 
@@ -76,7 +76,7 @@ class ImageTower:
         return F.normalize(embedded.float(), dim=-1)
 
     def states_and_embedding(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the last states (batch, 1 + patches, width) before the final norm and normalised embeddings, float32."""
+        """Return the last states (batch, 1 + patches, width) before the final norm, and the embeddings; float32."""
         output = self.clip.vision_model(self.pixels(images))
         embedded = self.clip.visual_projection(output.pooler_output)
         return output.last_hidden_state.float(), F.normalize(embedded.float(), dim=-1)

@@ -108,4 +108,4 @@ def _check(name: str, target: Callable[..., Any], options: Mapping[str, Any]) ->
         if parameters[key].default is inspect.Parameter.empty and key not in options and key != "device"
     ]
     if missing:
-        raise InputError(f"{name} needs the options {', '.join(missing)}: set them under the reward's options")
+        raise InputError(f"{name} needs {', '.join(f'options.{key}' for key in missing)}")

@@ -1,10 +1,10 @@
-"""Weights in open_clip's layout, such as HPS_v2.1_compressed.pt, made into a folder that a reward's `model` can name.
+"""Convert weights in open_clip's layout, such as HPS_v2.1_compressed.pt, to a folder for a reward's `model`.
 
 python -m stitchvm_reward.rewards.open_clip FILE.pt OUT --tokenizer FOLDER_OR_HUB_ID
 
-Shapes say everything but two things. The number of attention heads follows from open_clip's own model list: heads are
-64 wide, but in vision towers of the widths in VISION_HEAD_WIDTHS. The activation is told: gelu for models trained by
-open_clip (LAION's, HPSv2), quick_gelu for OpenAI's and for DFN-CLIP.
+The shapes of the tensors determine the configuration except for two things. The number of attention heads follows
+from open_clip's own model list: heads are 64 wide, except in vision towers of the widths in VISION_HEAD_WIDTHS. The
+activation must be given: gelu for models trained by open_clip (LAION's, HPSv2), quick_gelu for OpenAI's and DFN-CLIP.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from stitchvm_reward.files import staged
 from stitchvm_reward.hub import locate
 from stitchvm_reward.rewards.clip import load_tokenizer
 
-# What reading a file of another kind may raise.
+# Exceptions that reading a file of another kind may raise.
 FAULTS = (
     OSError,
     RuntimeError,
@@ -74,27 +74,27 @@ LAYERS = {
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a file in open_clip's layout, .safetensors or a pickle of tensors; never code.
+    """Return the named tensors of a file in open_clip's layout: .safetensors, or a pickle of tensors without code.
 
-    They may lie under `state_dict`, and their names begin with `module.`. Raises InputError for anything else.
+    They may be stored under `state_dict`, with names that begin with `module.`. Raises InputError for anything else.
     """
     if not path.is_file():
         raise InputError(f"no such file: {path}; give open_clip weights as .pt or .safetensors")
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except FAULTS as error:
-        # The first sentence: what follows it advises to run the code.
+        # Only the first sentence: the next one advises to run the code.
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
-        raise InputError(f"{path} cannot be read as tensors alone, and code in it is never run: {reason}") from None
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if not isinstance(found, dict):
-        raise InputError(f"{path} must hold named tensors, got a {type(found).__name__}")
-    state = {str(name).removeprefix("module."): value for name, value in found.items()}
+        raise InputError(f"{path} cannot be read as tensors, and code in it is never run: {reason}") from None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold named tensors, got a {type(content).__name__}")
+    state = {str(name).removeprefix("module."): value for name, value in content.items()}
     state = {name: value for name, value in state.items() if name not in BUFFERS}
     for name, value in state.items():
         if not isinstance(value, Tensor):
-            raise InputError(f"{path} must hold tensors alone, its {name} is a {type(value).__name__}")
+            raise InputError(f"{path} must hold only tensors, {name} is a {type(value).__name__}")
     return state
 
 
@@ -107,27 +107,27 @@ def _shape(state: dict[str, Tensor], name: str, dimensions: int) -> list[int]:
 
 
 def _tower(state: dict[str, Tensor], blocks: str, width: int, head_width: int, activation: str) -> dict:
-    found = {match[1] for name in state if (match := re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\..+", name))}
-    if not found:
+    numbers = {match[1] for name in state if (match := re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\..+", name))}
+    if not numbers:
         raise InputError(f"missing: {blocks}.0; only open_clip's CLIP with two plain transformers is converted")
     if width % head_width:
-        raise InputError(f"the width of {blocks} must be a multiple of its heads' {head_width}, got {width}")
+        raise InputError(f"the width of {blocks} must be a multiple of {head_width}, its heads' width, got {width}")
     return {
         "hidden_size": width,
         "intermediate_size": _shape(state, f"{blocks}.0.mlp.c_fc.weight", 2)[0],
-        "num_hidden_layers": len(found),
+        "num_hidden_layers": len(numbers),
         "num_attention_heads": width // head_width,
         "hidden_act": activation,
     }
 
 
 def configuration(state: dict[str, Tensor], activation: str) -> CLIPConfig:
-    """The model's shape, from its tensors' shapes. Raises InputError naming a tensor that is missing or misshapen."""
+    """Return the configuration that the tensors' shapes imply. Raises InputError for missing or misshapen tensors."""
     width, channels, patch, _ = _shape(state, "visual.conv1.weight", 4)
     positions = _shape(state, "visual.positional_embedding", 2)[0]
     grid = math.isqrt(max(positions - 1, 0))
     if not grid or grid * grid != positions - 1:
-        raise InputError(f"visual.positional_embedding must hold 1 + a square of positions, got {positions}")
+        raise InputError(f"visual.positional_embedding must hold one more than a square of positions, got {positions}")
     vocabulary, text_width = _shape(state, "token_embedding.weight", 2)
     head = VISION_HEAD_WIDTHS.get(width, HEAD_WIDTH)
     vision = _tower(state, VISION_BLOCKS, width, head, activation)
@@ -144,7 +144,7 @@ def configuration(state: dict[str, Tensor], activation: str) -> CLIPConfig:
 
 
 def _targets(config: CLIPConfig) -> dict[str, tuple[str, ...]]:
-    """What each tensor of open_clip's layout is called in CLIPModel; the fused one of attention has three names."""
+    """Return the names in CLIPModel of each tensor in open_clip's layout; fused attention weights have three."""
     names: dict[str, tuple[str, ...]] = {source: (target,) for source, target in NAMES.items()}
     for source, target, depth in (
         (TEXT_BLOCKS, "text_model.encoder.layers", config.text_config.num_hidden_layers),
@@ -163,9 +163,9 @@ def _listed(names: set[str]) -> str:
 
 
 def convert(state: dict[str, Tensor], activation: str = "gelu") -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """Configuration and tensors of a CLIPModel that computes what open_clip computes with `state`.
+    """Return the configuration and the tensors of a CLIPModel that computes what open_clip computes with `state`.
 
-    Number formats stay. Raises InputError naming tensors that are missing, unknown or of a shape that does not fit.
+    Number formats are kept. Raises InputError for tensors that are missing, unknown or of the wrong shape.
     """
     config = configuration(state, activation)
     targets = _targets(config)
@@ -181,7 +181,7 @@ def convert(state: dict[str, Tensor], activation: str = "gelu") -> tuple[CLIPCon
             fits = fits[::-1]
         elif len(names) > 1:
             fits = (fits[0] * len(names), *fits[1:])
-        elif source == "logit_scale" and tensor.numel() == 1:  # newer files hold it as one of one
+        elif source == "logit_scale" and tensor.numel() == 1:  # newer files store it with one dimension
             tensor = tensor.reshape(())
         if tuple(tensor.shape) != fits:
             raise InputError(f"{source} must have shape {fits} to fit the others, got {tuple(tensor.shape)}")
@@ -191,16 +191,16 @@ def convert(state: dict[str, Tensor], activation: str = "gelu") -> tuple[CLIPCon
 
 
 def set_tokens(config: CLIPConfig, tokenizer: CLIPTokenizer, name: str) -> None:
-    """Write the tokenizer's marks into the configuration, so that a text is read at the token that open_clip reads.
+    """Write the tokenizer's special tokens into the configuration, so that texts end where they do in open_clip.
 
-    open_clip takes the largest token id of a text, transformers the first end mark: one and the same where the end
-    mark is the vocabulary's last entry. Raises InputError where it is not.
+    open_clip reads a text's embedding at its largest token id, transformers at its first end token. These are the same
+    if the end token is the last entry of the vocabulary. Raises InputError if it is not.
     """
     size, end = config.text_config.vocab_size, tokenizer.eos_token_id
     if len(tokenizer) != size or end != size - 1:
         raise InputError(
-            f"the tokenizer must have the model's {size} entries, the end mark the last of them; {name} has "
-            f"{len(tokenizer)} and its end mark is number {end}: give the tokenizer of a CLIP model like this one"
+            f"the tokenizer must have {size} entries, as the model does, the last one the end token; {name} has "
+            f"{len(tokenizer)} entries and its end token is number {end}: give the tokenizer of a similar CLIP model"
         )
     config.text_config.eos_token_id = end
     config.text_config.bos_token_id = tokenizer.bos_token_id
@@ -208,12 +208,12 @@ def set_tokens(config: CLIPConfig, tokenizer: CLIPTokenizer, name: str) -> None:
 
 
 def convert_file(path: Path, out: Path, tokenizer: str, activation: str = "gelu") -> CLIPConfig:
-    """Write the folder `out`, whole or not at all.
+    """Write the folder `out`, whole or not at all, and return its configuration.
 
-    Raises InputError for a file or tokenizer that cannot be used, and where `out` exists or cannot be written.
+    Raises InputError for an unusable file or tokenizer, and if `out` exists or cannot be written.
     """
     if out.exists():
-        raise InputError(f"{out} exists already; name a folder that does not")
+        raise InputError(f"{out} already exists; give the name of a new folder")
     source = locate(tokenizer, ("*.txt",))
     words = load_tokenizer(source)
     config, tensors = convert(read_state(path), activation)
@@ -238,14 +238,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="Example: python -m stitchvm_reward.rewards.open_clip HPS_v2.1_compressed.pt models/hpsv2.1 "
         "--tokenizer openai/clip-vit-large-patch14",
     )
-    parser.add_argument("file", type=Path, help="weights: .pt (tensors alone, code is refused) or .safetensors")
-    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    parser.add_argument("file", type=Path, help="weights: .pt (tensors only; code is refused) or .safetensors")
+    parser.add_argument("out", type=Path, help="folder to write; it must not exist")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id of a CLIP model with the same vocabulary")
     parser.add_argument(
         "--activation",
         choices=ACTIVATIONS,
         default="gelu",
-        help="gelu (the default) for open_clip's own models, LAION's and HPSv2; quick_gelu for OpenAI's and DFN's",
+        help="gelu (default) for open_clip's own models, LAION's and HPSv2; quick_gelu for OpenAI's and DFN's models",
     )
     return parser.parse_args(arguments)
 
@@ -256,9 +256,9 @@ def run(arguments: argparse.Namespace) -> None:
     )
     vision, text = config.vision_config, config.text_config
     print(
-        f"{arguments.out}: vision {vision.num_hidden_layers} blocks {vision.hidden_size} wide, "
+        f"{arguments.out}: vision {vision.num_hidden_layers} blocks of width {vision.hidden_size}, "
         f"{vision.image_size} px in patches of {vision.patch_size}; text {text.num_hidden_layers} blocks "
-        f"{text.hidden_size} wide; {arguments.activation}"
+        f"of width {text.hidden_size}; {arguments.activation}"
     )
 
 

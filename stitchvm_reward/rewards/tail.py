@@ -15,7 +15,7 @@ def _positions(vision) -> Tensor:
 
 
 def vision_states(clip: CLIPModel, pixels: Tensor, last: int) -> list[Tensor]:
-    """Return the inputs of the vision tower's blocks 1 to `last` and the output of block `last`, for preprocessed pixels.
+    """Return the inputs of the vision tower's blocks 1 to `last`, and the output of block `last`, for its `pixels`.
 
     Item 0 is the patch embedding alone, (batch, patches, width), which a cut at block 1 is stitched to. Item k > 0 is
     the state after block k, (batch, 1 + patches, width).

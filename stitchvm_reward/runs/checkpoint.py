@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that is either complete and verified, or not there."""
+"""Checkpoints: folders that are either complete and verified or absent."""
 
 import hashlib
 import json
@@ -39,11 +39,11 @@ def _sync(path: Path) -> None:
 def save(
     folder: Path, epoch: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], recipe: CheckpointRecipe
 ) -> Path:
-    """Write the checkpoint of an epoch from named tensor files and a JSON state, then drop those that need not be kept.
+    """Write the checkpoint of an epoch from named tensor files and a JSON state, then delete outdated checkpoints.
 
-    Everything is staged and synced beside it, the manifest of hashes written last, and the folder renamed: a
-    crash at any moment leaves the earlier checkpoints whole and no half of this one under its name. Raises InputError
-    where it cannot be written, such as on a full disk.
+    All files are written and synced in a temporary folder, the manifest of hashes last, and the folder is renamed. A
+    crash at any moment leaves earlier checkpoints intact and no partial checkpoint under this name. Raises InputError
+    if writing fails, for instance on a full disk.
     """
     name = f"epoch-{epoch:06d}"
     staged, final = folder / f".{name}.staged", folder / name
@@ -55,8 +55,8 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)
         raise InputError(
-            f"cannot write checkpoint {name} into {folder}: {' '.join(str(error).split())}; the one before it is "
-            "whole: make room and run again"
+            f"cannot write checkpoint {name} into {folder}: {' '.join(str(error).split())}; the previous "
+            "checkpoint is intact: make room and run again"
         ) from None
     for old in complete(folder)[: -recipe.keep]:
         if not recipe.keep_every or int(old.name[-6:]) % recipe.keep_every:
@@ -67,7 +67,7 @@ def save(
 
 @contextmanager
 def _put_away(path: Path) -> Iterator[None]:
-    """Take a checkpoint's name from it, and delete it once what takes its place is there."""
+    """Rename a checkpoint out of the way, and delete it once its replacement is in place."""
     away = path.with_name(f".{path.name}{AWAY}")
     shutil.rmtree(away, ignore_errors=True)
     if path.exists():
@@ -77,27 +77,27 @@ def _put_away(path: Path) -> Iterator[None]:
 
 
 def _put_back(folder: Path) -> None:
-    """Give checkpoints their names again that a crash left put away with nothing in their place."""
+    """Restore the names of checkpoints that a crash left renamed and without a replacement."""
     for away in folder.glob(f".epoch-*{AWAY}"):
         path = folder / away.name[1 : -len(AWAY)]
         if not path.exists() and damage(away) is None:
-            with suppress(OSError):  # another process of the run has done it meanwhile
+            with suppress(OSError):  # another process of the run was faster
                 os.replace(away, path)
 
 
 class Writer:
-    """Writes checkpoints in a thread, one after the other, while the training goes on."""
+    """Writes checkpoints in a background thread, one at a time, while training continues."""
 
     def __init__(self):
         self.thread, self.writing = ThreadPoolExecutor(1), None
 
     def submit(self, *given: Any) -> None:
-        """`save` in the background what must not change any more. Raises what the one before it raised."""
+        """Call `save` in the background; the tensors must not change any more. Raises what the previous call raised."""
         self.wait()
         self.writing = self.thread.submit(save, *given)
 
     def wait(self) -> None:
-        """Wait for the last one to be on disk. Raises InputError where it could not be written."""
+        """Wait until the last checkpoint is on disk. Raises InputError if it could not be written."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
@@ -121,12 +121,12 @@ def _stage(staged: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str,
 
 
 def complete(folder: Path) -> list[Path]:
-    """Checkpoints that were given their name, which happens only once they are complete; oldest first."""
+    """Return the checkpoints of a folder, oldest first. Only complete checkpoints have their final name."""
     return sorted(path for path in folder.glob("epoch-*") if path.is_dir())
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file of its manifest is there with its hash."""
+    """Describe what is wrong with a checkpoint; None if every file of its manifest is present with its hash."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -142,59 +142,59 @@ def damage(path: Path) -> str | None:
 
 
 def choose(folder: Path, resume: str, warn) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start.
+    """Return the checkpoint to continue from, or None for a fresh start.
 
-    `resume` is `never`, `auto` (the newest undamaged one; each damaged one is named through `warn`), or a name.
-    Raises InputError when a named one is missing or damaged, or when every one there is damaged.
+    `resume` is `never`, `auto` (the newest undamaged checkpoint; `warn` is called for each damaged one) or a name.
+    Raises InputError if a named checkpoint is missing or damaged, or if all checkpoints are damaged.
     """
     if resume == "never":
         return None
     _put_back(folder)
-    found = complete(folder)
+    existing = complete(folder)
     if resume != "auto":
         path = folder / resume
-        if path not in found:
-            names = ", ".join(other.name for other in found) or "none"
-            raise InputError(f"checkpoint {resume} is not in {folder} (there: {names})")
+        if path not in existing:
+            names = ", ".join(other.name for other in existing) or "none"
+            raise InputError(f"checkpoint {resume} is not in {folder}; existing checkpoints: {names}")
         if (reason := damage(path)) is not None:
             raise InputError(f"checkpoint {path} is damaged: {reason}; choose another or use checkpoint.resume=auto")
         return path
-    for path in reversed(found):
+    for path in reversed(existing):
         reason = damage(path)
         if reason is None:
             return path
-        warn(f"checkpoint {path} is damaged: {reason}; trying the one before it")
-    if found:
-        raise InputError(f"every checkpoint in {folder} is damaged; to start anew, give another out=FOLDER")
+        warn(f"checkpoint {path} is damaged: {reason}; trying the previous one")
+    if existing:
+        raise InputError(f"every checkpoint in {folder} is damaged; to start over, give another out=FOLDER")
     return None
 
 
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensor files and the state of a checkpoint."""
+    """Return the tensor files and the state of a checkpoint."""
     tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
     return tensors, json.loads((path / "state.json").read_text())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimizer's per-parameter state, flat: INDEX.NAME, or INDEX.GROUP.NAME where it nests (bitsandbytes does)."""
+    """Return an optimizer's per-parameter state, flat: INDEX.NAME, or INDEX.GROUP.NAME if nested (bitsandbytes)."""
     flat = {}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             for inner, entry in value.items() if isinstance(value, dict) else [(None, value)]:
                 key = f"{index}.{name}" if inner is None else f"{index}.{name}.{inner}"
-                # What nests may be shared between parameters (a table of 8-bit values); a file holds each by itself.
+                # Parameters may share nested tensors (a table of 8-bit values); a file stores each separately.
                 flat[key] = torch.tensor(entry) if not isinstance(entry, Tensor) else entry.clone() if inner else entry
     return flat
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Load a state that `optimizer_tensors` returned."""
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in flat.items():
         index, *groups, name = key.split(".")
         place = state.setdefault(int(index), {})
         for group in groups:
             place = place.setdefault(group, {})
-        # A step that was counted in Python is a whole number of no dimension; torch's own is a float tensor.
+        # A step counted in Python was stored as an integer scalar; torch counts steps in float tensors.
         place[name] = int(tensor) if tensor.ndim == 0 and tensor.dtype == torch.int64 else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

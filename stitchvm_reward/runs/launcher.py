@@ -1,4 +1,4 @@
-"""Processes and devices: what accelerate is asked for, and what it must have understood."""
+"""Processes and devices: the accelerator, and a check that it sees what the launcher started."""
 
 import importlib.util
 import os
@@ -12,13 +12,13 @@ from stitchvm_reward.errors import InputError
 
 
 def make_accelerator(timeout: float = 1800) -> Accelerator:
-    """The accelerator of this process, in full precision: recipes choose number formats themselves.
+    """Return the accelerator of this process, in full precision: recipes choose number formats themselves.
 
-    A collective fails after `timeout` seconds and a minute: what watches the run speaks first. Raises InputError when
-    accelerate sees another number of processes than the launcher started, which would silently train that many
-    separate policies or one in place of several.
+    A collective fails one minute after `timeout` seconds, so that the watchdog reports first. Raises InputError if
+    accelerate sees another number of processes than the launcher started: the processes would silently train separate
+    policies.
     """
-    # Buffers never change here, so sending them around on every forward would be waste.
+    # Buffers never change, so there is no need to broadcast them at every forward pass.
     options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + 60))
     cpu = not torch.cuda.is_available()
@@ -32,24 +32,27 @@ def make_accelerator(timeout: float = 1800) -> Accelerator:
         _deepspeed_on_cpu(group)
     accelerator = Accelerator(cpu=cpu and not sharded, mixed_precision="no", kwargs_handlers=[options, group])
     if sharded:
-        # Otherwise transformers would shard every model that it loads, rewards and text encoders among them.
+        # Otherwise transformers would shard every model that it loads, including rewards and text encoders.
         unset_hf_deepspeed_config()
     started = int(os.environ.get("WORLD_SIZE", "1"))
     asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", started))
-    # `accelerate launch --cpu --num_processes 2` sets an address to meet at and then starts one process.
+    # `accelerate launch --cpu --num_processes 2` sets a rendezvous address and then starts a single process.
     lone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
     if lone or not accelerator.num_processes == started == asked:
         several = "several" if lone else str(max(started, asked))
         raise InputError(
-            f"{several} processes were asked for but accelerate sees {accelerator.num_processes}; "
+            f"{several} processes were requested but accelerate sees {accelerator.num_processes}; "
             "on CPUs run: torchrun --nproc-per-node N launch/nft.py RECIPE"
         )
     return accelerator
 
 
 def _deepspeed_on_cpu(group: InitProcessGroupKwargs) -> None:
-    """Have DeepSpeed run on CPUs over gloo alone. Its shared-memory operator would be compiled at first use, and a run
-    killed meanwhile leaves a lock that later ones wait for."""
+    """Make DeepSpeed run on CPUs with gloo only.
+
+    Its shared-memory operator would be compiled at first use, and a run that is killed meanwhile leaves a lock that
+    blocks later runs.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     group.backend = "gloo"
     import deepspeed.ops
@@ -58,13 +61,13 @@ def _deepspeed_on_cpu(group: InitProcessGroupKwargs) -> None:
 
 
 def shutdown(accelerator: Accelerator) -> None:
-    """Take leave of the other processes at the end of a run, once nothing else refers to its network."""
-    # A reducer that outlives the process group would be what frees it, and that may wait for ever for a thread.
+    """Leave the process group at the end of a run, when nothing else refers to the run's network."""
+    # A reducer that outlives the process group would free it, which may wait forever for a thread.
     accelerator.free_memory()
     accelerator.end_training()
 
 
 def take_all_cores(accelerator: Accelerator) -> None:
-    """Give a lone process on the CPU all of its cores; accelerate's launcher leaves it one thread."""
+    """Give a single process on the CPU all of its cores; accelerate's launcher leaves it one thread."""
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
         torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -1,4 +1,4 @@
-"""Recipes: typed dataclasses read from YAML with `base:` and key=value overrides, every mistake told in one line."""
+"""Recipes: typed dataclasses read from YAML with `base:` and key=value overrides; mistakes are reported in one line."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ Kind = typing.TypeVar("Kind")
 
 
 def require(holds: bool, rule: str, given: Any) -> None:
-    """Raise InputError with the rule and what was given, unless it holds."""
+    """Raise InputError with the rule and the given value, unless the rule holds."""
     if not holds:
         raise InputError(f"{rule}, got {given!r}")
 
@@ -40,11 +40,11 @@ class CheckpointRecipe:
     every: int = 10
     """Epochs between checkpoints; the last epoch is always saved."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     keep_every: int = 0
-    """Beside them every checkpoint of an epoch that this divides; 0: none."""
+    """In addition, keep every checkpoint whose epoch is a multiple of this; 0: none."""
     resume: str = "auto"
-    """auto (newest complete one, or a fresh start), never, or the name of a checkpoint in the run folder."""
+    """auto (the newest complete checkpoint, or a fresh start), never, or the name of a checkpoint in the run folder."""
 
     def __post_init__(self):
         at_least("checkpoint.every", self.every, 1)
@@ -53,7 +53,7 @@ class CheckpointRecipe:
 
 
 def _known_keys(kind: Any, given: Any, where: str) -> None:
-    """Refuse keys that the dataclass does not have, naming the nearest that it has."""
+    """Raise InputError for keys that the dataclass does not have, with the nearest existing key."""
     if not isinstance(given, dict):
         return
     hints = typing.get_type_hints(kind)
@@ -74,8 +74,8 @@ def _known_keys(kind: Any, given: Any, where: str) -> None:
                     _known_keys(element, item, f"{where}{key}[{index}].")
 
 
-def _read_yaml(kind: type, path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe file merged over its `base:` files; `below` are the files that led here."""
+def _read_yaml(kind: type | None, path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return a recipe file merged over its `base:` files; `below` are the files that lead here."""
     if path.resolve() in below:
         raise InputError(f"{path} is its own base; a base must be another file")
     if not path.is_file():
@@ -91,17 +91,23 @@ def _read_yaml(kind: type, path: Path, below: tuple[Path, ...] = ()) -> dict[str
     base = content.pop("base", None)
     if not isinstance(base, str | None):
         raise InputError(f"base must be a file name, got {base!r} in {path}")
-    _known_keys(kind, content, "")
+    if kind is not None:
+        _known_keys(kind, content, "")
     whole: Any = OmegaConf.create(content)
     if base is not None:
         whole = OmegaConf.merge(OmegaConf.create(_read_yaml(kind, path.parent / base, (*below, path.resolve()))), whole)
     return typing.cast(dict[str, Any], OmegaConf.to_container(whole))
 
 
-def read_recipe(kind: type[Kind], path: str | Path, overrides: list[str] | None = None) -> Kind:
-    """Read a recipe file as a dataclass and apply `section.key=value` overrides; all of its checks have run then.
+def recipe_keys(path: str | Path) -> set[str]:
+    """Return the top-level keys of a recipe file and its `base:` files. Raises InputError for an unreadable file."""
+    return set(_read_yaml(None, Path(path)))
 
-    Raises InputError for unknown keys (with the nearest known one), wrong types and values out of range.
+
+def read_recipe(kind: type[Kind], path: str | Path, overrides: list[str] | None = None) -> Kind:
+    """Read a recipe file as a dataclass, apply `section.key=value` overrides and run the dataclass's checks.
+
+    Raises InputError for unknown keys (with the nearest known key), wrong types and values out of range.
     """
     content = _read_yaml(kind, Path(path))
     for override in overrides or []:
@@ -123,5 +129,5 @@ def read_recipe(kind: type[Kind], path: str | Path, overrides: list[str] | None 
 
 
 def dump(recipe: Any) -> str:
-    """The resolved recipe as YAML."""
+    """Return the resolved recipe as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))

@@ -1,4 +1,4 @@
-"""The run folder: made, checked for another run, and never overwritten."""
+"""The run folder: created, checked for another run, and never overwritten."""
 
 import fcntl
 import os
@@ -16,12 +16,12 @@ from stitchvm_reward.errors import InputError
 from stitchvm_reward.files import staged
 from stitchvm_reward.runs.recipe import dump
 
-# What may change between a run and its continuation without changing what the run computes.
-FREE = ("out", "epochs", "timeout", "checkpoint.", "evaluation.", "prompts.cache", "data.cache")
+# Keys that may differ between a run and its continuation: they do not change what the run computes.
+FREE = ("out", "epochs", "timeout", "trackers", "checkpoint.", "evaluation.", "prompts.cache", "data.cache")
 
 
 def arm_of(name: str) -> str:
-    """A run's name without its trailing -seedN: runs that differ in nothing else are one arm of a comparison."""
+    """Return a run's name without its trailing -seedN: runs that differ only in the seed are one arm."""
     return re.sub(r"-seed\d+$", "", name)
 
 
@@ -32,7 +32,7 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _difference(saved: str, recipe: Any) -> str | None:
-    """The first key in which a saved recipe differs from this one, told with both values."""
+    """Describe the first key in which a saved recipe differs from this one, with both values; None if none does."""
     theirs, ours = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (saved, dump(recipe)))
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key) and not key.startswith(FREE):
@@ -41,9 +41,9 @@ def _difference(saved: str, recipe: Any) -> str | None:
 
 
 def check_run_folder(recipe: Any) -> Path:
-    """Raise InputError unless the run can be written to `recipe.out`, fresh or as a continuation.
+    """Return the run folder, `recipe.out`. Raises InputError unless a run can start or continue there.
 
-    Any recipe with the fields `out` and `checkpoint.resume` will do.
+    The recipe may be of any kind that has the fields `out` and `checkpoint.resume`.
     """
     folder = Path(recipe.out).expanduser()
     saved = folder / "recipe.yaml"
@@ -53,7 +53,7 @@ def check_run_folder(recipe: Any) -> Path:
         try:
             difference = _difference(saved.read_text(), recipe)
         except (UnicodeDecodeError, YAMLError, OmegaConfBaseException):
-            raise InputError(f"{saved} is damaged: cannot tell which run {folder} holds; move it away") from None
+            raise InputError(f"{saved} is damaged: it is not known which run {folder} holds; move it away") from None
         if difference is not None:
             raise InputError(f"{folder} holds a run of a different recipe: {difference}; give another out=FOLDER")
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -66,14 +66,14 @@ def check_run_folder(recipe: Any) -> Path:
 
 
 def _claim(folder: Path) -> TextIO:
-    """Take a run folder for this process. The system lets go of it with the process, however that ends."""
+    """Lock a run folder for this process. The system releases the lock when the process ends, however it ends."""
     file = (folder / ".lock").open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the one or the other, as the system likes
+    except (BlockingIOError, PermissionError):  # which of the two depends on the system
         file.seek(0)
         raise InputError(
-            f"another run is writing {folder} ({file.read().strip() or 'its name is not known'}): let it end, or give "
+            f"another run is writing {folder} ({file.read().strip() or 'unknown process'}): wait for it, or give "
             "another out=FOLDER"
         ) from None
     file.truncate(0)
@@ -83,10 +83,10 @@ def _claim(folder: Path) -> TextIO:
 
 
 def prepare_run_folder(recipe: Any) -> TextIO:
-    """Make the run folder, claim it and write the resolved recipe into it.
+    """Create and lock the run folder and write the resolved recipe into it.
 
-    The folder is this process's until it ends or the file that is returned is closed. Raises InputError where another
-    run has it or it cannot be written.
+    The lock is held until the process ends or the returned file is closed. Raises InputError if another run holds it
+    or the folder cannot be written.
     """
     folder = check_run_folder(recipe)
     try:

@@ -107,7 +107,7 @@ class MonteCarloValue(TweedieValue):
         first = denoiser.guided(latents, sigmas[0], rows, count, Known())
         rewards = []
         for rollout in range(self.rollouts):
-            noise = self._noise(denoiser, rows, count, step, rollout, len(sigmas) - 1)
+            noise = self._noise(denoiser, rows, count, (step, rollout), len(sigmas) - 1)
             current, velocity = latents, first
             for place, (sigma, following) in enumerate(zip(sigmas, sigmas[1:])):
                 if place:
@@ -118,15 +118,15 @@ class MonteCarloValue(TweedieValue):
         return torch.stack(rewards).mean(0), Known(velocity=first)
 
     @staticmethod
-    def _noise(denoiser: Denoiser, rows: range, count: int, step: int, rollout: int, steps: int) -> Tensor:
-        """Return noise (batch, steps, c, h, w); each particle has its own."""
+    def _noise(denoiser: Denoiser, rows: range, count: int, address: tuple[int, int], steps: int) -> Tensor:
+        """Return noise (batch, steps, c, h, w); each particle has its own, at `address` (step, rollout)."""
         each, shape = count // len(denoiser.prompts), denoiser.generator.latent_shape
         drawn = [
             torch.randn(
                 steps,
                 *shape,
                 generator=randomness.at(
-                    denoiser.seed, randomness.MONTE_CARLO, denoiser.numbers[row // each], row % each, step, rollout
+                    denoiser.seed, randomness.MONTE_CARLO, denoiser.numbers[row // each], row % each, *address
                 ),
             )
             for row in rows

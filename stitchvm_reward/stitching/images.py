@@ -58,7 +58,7 @@ def find_images(source: str, split: str, column: str, captions: str, limit: int)
         return ImageSet(
             [str(path.relative_to(folder)) for path in paths],
             lambda index: paths[index].read_bytes(),
-            lambda index: _caption_beside(paths[index]),
+            lambda index: _folder_caption(paths[index]),
             digest.hexdigest(),
         )
     if not is_hub_id(source):
@@ -66,11 +66,11 @@ def find_images(source: str, split: str, column: str, captions: str, limit: int)
     return _from_hub(source, split, column, captions, limit)
 
 
-def _caption_beside(path: Path) -> str:
-    beside = path.with_suffix(".txt")
-    if not beside.is_file():
-        raise InputError(f"{path.name} has no caption: {beside.name} is missing (backbone.conditioning is prompt)")
-    return beside.read_text(encoding="utf-8").strip()
+def _folder_caption(path: Path) -> str:
+    file = path.with_suffix(".txt")
+    if not file.is_file():
+        raise InputError(f"{path.name} has no caption: {file.name} is missing (backbone.conditioning is prompt)")
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _from_hub(source: str, split: str, column: str, captions: str, limit: int) -> ImageSet:

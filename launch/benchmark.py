@@ -17,11 +17,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/benchmark.py",
         description="Time what a recipe does, in one run, with random weights of its shapes: nothing is downloaded. "
-        "For a training recipe: encoding a prompt, a rollout step, decoding, scoring an image and its latent, a training "
-        "level, the optimizer. For a stitching recipe: one stitched score beside one by "
-        "Tweedie's estimate (denoise, decode, score); where it leaves the blocks to the search, block 4 and reward block "
-        "1 are used. With --steering, the same recipe's steps of sampling instead: plain, guided by the gradient of "
-        "either value, and with a value of either kind on the way.",
+        "For a training recipe: encoding a prompt, a rollout step, decoding, scoring an image and its latent, a "
+        "training level, the optimizer. For a stitching recipe: one stitched score beside one by Tweedie's estimate "
+        "(denoise, decode, score); where it leaves the blocks to the search, block 4 and reward block 1 are used. With "
+        "--steering, the same recipe's steps of sampling instead: plain, guided by the gradient of either value, and "
+        "with a value of either kind on the way.",
     )
     parser.add_argument("recipe", type=Path, help="a training recipe or a stitching recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to override")

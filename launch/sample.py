@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--guidance",
         type=float,
-        help="guidance scale; default: as in training (1, or the embedded scale of a distilled model), or the steering recipe's",
+        help="guidance scale; default: as in training (1, or a distilled model's own), or the steering recipe's",
     )
     parser.add_argument(
         "--resolution", type=int, help="pixels; default: the LoRA's training resolution, or the model's"

@@ -25,7 +25,7 @@ EPOCHS = 4  # whose stops an estimate averages
 
 @dataclass(frozen=True)
 class Message:
-    """One kind of reduction over all processes: how many `times`, and the bytes that each process contributes to one."""
+    """One kind of reduction over all processes: how many `times`, and the bytes that a process contributes to each."""
 
     what: str
     times: float

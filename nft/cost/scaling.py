@@ -1,4 +1,4 @@
-"""How a recipe scales: python -m nft.cost.scaling RECIPE [key=value ...] [--processes 1 2] [--epochs 4] [--out FILE.json]
+"""How a recipe scales: python -m nft.cost.scaling RECIPE [key=value ...] [--processes 1 2] [--epochs 4] [--out FILE]
 
 Trains on each number of processes of this machine, the same samples every time, and tells images per second and the
 share of the time that is communication. --estimate tells instead, from the recipe alone, what the processes say to

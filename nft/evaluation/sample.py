@@ -91,9 +91,9 @@ class Sampler:
         guidance: float | None = None,
         on_step: Callable[[], object] = lambda: None,
     ) -> dict[str, Tensor]:
-        """Return images (batch, 3, resolution, resolution), float32 in [0, 1], of a batch of prompts from the same noise.
+        """Return images (batch, 3, resolution, resolution), float32 in [0, 1], of a batch of prompts.
 
-        They are `base`, and `tuned` where there is a LoRA file. The noise belongs to (seed, index): no other prompt and
+        They are `base` and, where there is a LoRA file, `tuned` from the same noise. The noise belongs to (seed, index): no other prompt and
         no batch size changes a picture. `on_step` is called after every step of the solver.
         """
         side = self.resolution // self.pipeline.vae_scale_factor
@@ -129,10 +129,10 @@ def sample_all(
 def steer_all(
     sampler: Sampler, prompts: list[str], method: str, recipe: SteeringRecipe
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Return images (count, 3, h, w) of all prompts, `plain` and `steered` from the same noise, and each prompt's trace.
+    """Return images (count, 3, h, w) of all prompts, `plain` and `steered`, and the trace of each prompt.
 
-    With a LoRA file both are the tuned model's, and value models run on blocks of their own. Raises InputError where the
-    recipe and the model do not fit together.
+    Both start from the same noise. With a LoRA file both are the tuned model's, and value models run on blocks of their
+    own. Raises InputError where the recipe and the model do not fit together.
     """
     pipeline, side = sampler.pipeline, sampler.resolution
     generator = Generator.of_pipeline(pipeline, side, recipe.guidance)

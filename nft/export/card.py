@@ -123,8 +123,8 @@ def _use_lines(trained: Trained, kind: str, address: str) -> list[str]:
         "",
         f"dtype = torch.{model.dtype}",
         *body,
-        f'image = pipeline("PROMPT", guidance_scale={trained.guidance}, num_inference_steps={steps}, height={side}, width={side}'
-        f"{length}).images[0]",
+        f'image = pipeline("PROMPT", guidance_scale={trained.guidance}, num_inference_steps={steps}, height={side}, '
+        f"width={side}{length}).images[0]",
         "```",
         "",
     ]
@@ -143,21 +143,22 @@ def _use_lines(trained: Trained, kind: str, address: str) -> list[str]:
 
 def write_card(folder: Path, trained: Trained, kind: str, dtype: str, deviation: float, texts: Texts) -> None:
     """Write README.md into an export's folder and copy the run's curves and pictures beside it."""
-    recipe, told = trained.recipe, "nothing" if deviation == 0 else f"{deviation:.1e} of their size"
+    recipe, difference = trained.recipe, "nothing" if deviation == 0 else f"{deviation:.1e} of their size"
     copied = [name for name in PICTURES if (trained.folder / name).is_file()]
     for name in copied:
         shutil.copyfile(trained.folder / name, folder / name)
+    method = objective_class(recipe.train.objective).method
     body = [
         f"# {texts.title or default_title(recipe)}",
         "",
-        f"LoRA adapters of {base_name(trained) or recipe.model.path} by {objective_class(recipe.train.objective).method}, trained "
-        f"with stitch-nft; {LAYOUTS[kind]}.",
+        f"LoRA adapters of {base_name(trained) or recipe.model.path} by {method}, trained with stitch-nft; "
+        f"{LAYOUTS[kind]}.",
         "",
         f"- reward: {reward_text(recipe)}",
         f"- adapters: rank {recipe.lora.rank}, alpha {recipe.lora.alpha}, {len(trained.scaling)} layers "
-        f"({', '.join(recipe.lora.targets)})",
+        f"({', '.join(recipe.lora.targets or trained.family.lora_targets)})",
         f"- weights: {trained.weights} of epoch {trained.epoch} ({trained.step} optimizer steps), in {dtype}; read "
-        f"back, the deltas deviate from the trained ones by {told}",
+        f"back, the deltas deviate from the trained ones by {difference}",
         *([f"- author: {texts.author}"] if texts.author else []),
         "",
         *held_out_lines(trained),

@@ -17,7 +17,7 @@ from stitchvm_reward.files import staged
 from stitchvm_reward.runs.recipe import dump
 
 # Keys that may differ between a run and its continuation: they do not change what the run computes.
-FREE = ("out", "epochs", "timeout", "trackers", "checkpoint.", "evaluation.", "prompts.cache", "data.cache")
+FREE = ("out", "epochs", "timeout", "tracking", "checkpoint.", "evaluation.", "prompts.cache", "data.cache")
 
 
 def arm_of(name: str) -> str:

@@ -83,7 +83,7 @@ def check_trackers(kinds: Iterable[str]) -> None:
             raise InputError(f"unknown tracker {kind!r}: {nearest(kind, list(TRACKERS))}")
         # A folder of that name in the working directory has a specification too, but no origin.
         if kind != "jsonl" and getattr(importlib.util.find_spec(kind), "origin", None) is None:
-            raise InputError(f"tracker {kind} is not installed: pip install {kind}, or remove it from trackers")
+            raise InputError(f"tracker {kind} is not installed: pip install {kind}, or remove it from tracking")
 
 
 class Tracker:

@@ -328,7 +328,7 @@ def _search_and_finetune(builder: Builder, only_search: bool) -> Path:
     with builder.ranks.together():
         if builder.main:
             first = distiller.epoch + 1 if distiller.step else 0
-            tracker = Tracker(folder, first, recipe.trackers, dataclasses.asdict(recipe))
+            tracker = Tracker(folder, first, recipe.tracking, dataclasses.asdict(recipe))
             tracker.figure("search", folder / "search.png")
     with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
         distiller.train(tracker, folder)

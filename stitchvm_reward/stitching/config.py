@@ -153,7 +153,7 @@ class StitchRecipe:
     timeout: int = 1800
     """Seconds without progress after which the run ends with an error that names the phase. It must exceed the longest
     single step, such as loading the model."""
-    trackers: list[str] = field(default_factory=lambda: ["jsonl", "tensorboard"])
+    tracking: list[str] = field(default_factory=lambda: ["jsonl", "tensorboard"])
     """Where metrics go: jsonl (always), tensorboard, wandb, trackio."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     """The model whose first blocks are the backbone. A value model works at one resolution."""
@@ -179,5 +179,5 @@ def load_stitch_recipe(path: str | Path, overrides: list[str] | None = None) -> 
         "reward.head must name a file, folder or hub id for kind aesthetic, and nothing for another kind",
         recipe.reward.head,
     )
-    check_trackers(recipe.trackers)
+    check_trackers(recipe.tracking)
     return recipe

@@ -78,9 +78,9 @@ def count(run: dict, accelerator: Accelerator) -> dict:
     found = {"start": counted(lambda: made.append(Trainer(recipe, accelerator)))}
     (trainer,) = made
     found |= {"first": counted(trainer.run_epoch), "second": counted(trainer.run_epoch)}
-    found["evaluation"] = counted(lambda: trainer.evaluate(2))
-    found["adapter_parameters"] = sum(parameter.numel() for parameter in trainer.backend.parameters)
-    found["network_bytes"] = sum(p.numel() * p.element_size() for p in trainer.network.parameters())
+    found["evaluation"] = counted(lambda: trainer.held_out.evaluate(2))
+    found["adapter_parameters"] = sum(parameter.numel() for parameter in trainer.learner.backend.parameters)
+    found["network_bytes"] = sum(p.numel() * p.element_size() for p in trainer.learner.network.parameters())
     return found
 
 

@@ -18,7 +18,7 @@ import nft.update
 from nft.config import load_recipe
 from nft.trainer import Trainer
 from stitchvm_reward.command import run_command
-from stitchvm_reward.diffusion.generator import PromptCache
+from stitchvm_reward.diffusion.prompt_cache import PromptCache
 from stitchvm_reward.runs.rank_sync import RankSync, Stopped
 from stitchvm_reward.runs.launcher import shutdown, make_accelerator
 from stitchvm_reward.runs.tracking import Timings
@@ -62,7 +62,7 @@ def go_wrong(kind: str, trainer: Trainer) -> None:
     if kind == "gradient_nan":
         nft.update.rollout_loss = loss
     else:
-        trainer.scorer.score = fault(trainer.scorer.score)
+        trainer.held_out.scorer.score = fault(trainer.held_out.scorer.score)
 
 
 def broken(*arguments, **options):

@@ -25,19 +25,19 @@ from stitchvm_reward.stitching.config import load_stitch_recipe
 def train(run: dict, accelerator: Accelerator) -> None:
     trainer, fault = Trainer(load_recipe(run["recipe"], run["overrides"]), accelerator), run["fault"]
     if fault == "moments":
-        trainer.backend.optimizer.state.clear()
+        trainer.learner.backend.optimizer.state.clear()
     elif fault == "old":
-        for key, matrix in trainer.policy.tensors("old").items():
+        for key, matrix in trainer.learner.policy.tensors("old").items():
             if key.endswith("lora_B"):
                 matrix.data.zero_()
     collected = {}
-    for rollout in trainer.collect(trainer.epoch):
+    for rollout in trainer.collector.collect(trainer.epoch):
         for place, sample in enumerate(rollout.samples):
             collected[f"anchor.{sample}"] = rollout.anchor[place].clone()
             if rollout.rewards:  # those of draft are found in the update
                 collected[f"reward.{sample}"] = rollout.rewards["total"][place].clone()
     save_file(collected, Path(run["out"]) / f"epoch-{trainer.epoch}-rank-{accelerator.process_index}.safetensors")
-    with trainer.network.no_sync() if fault == "unreduced" else contextlib.nullcontext():
+    with trainer.learner.network.no_sync() if fault == "unreduced" else contextlib.nullcontext():
         trainer.train()
 
 

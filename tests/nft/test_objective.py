@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nft.objective import nft_loss
+from nft.objectives.nft import Batch, nft_loss
 from stitchvm_reward.diffusion.path import anchor_coefficients, bridge, bridge_velocity
 
 CLEAN, NOISE = torch.tensor([[1.0, -1.0, 0.5, 0.0]]), torch.tensor([[0.0, 1.0, -1.0, 2.0]])
@@ -15,11 +15,11 @@ HALF, ZERO = torch.tensor([0.5]), torch.tensor([0.0])
 def example(velocity, advantage, beta, reference=None):
     r = torch.tensor([0.5 + advantage / 10])
     noisy = 0.5 * CLEAN + 0.5 * NOISE
-    return nft_loss(velocity, OLD, reference, CLEAN, NOISE, noisy, HALF, ZERO, r, beta)
+    return nft_loss(Batch(velocity, OLD, reference, CLEAN, NOISE, noisy, HALF, ZERO, r), beta)
 
 
 def random_case(batch=6, tau=None, seed=0):
-    """Random tensors and levels t > tau, in the order of nft_loss's arguments from `velocity` to `optimality`."""
+    """Random tensors and levels t > tau, in the order of Batch's fields."""
     generator = torch.Generator().manual_seed(seed)
     velocity, old, reference, anchor, noise = (torch.randn(batch, 3, 4, 4, generator=generator) for _ in range(5))
     tau = torch.rand(batch, generator=generator) * 0.7 if tau is None else torch.full((batch,), tau)
@@ -80,24 +80,27 @@ def test_bridge_velocity_is_the_time_derivative_of_the_bridge():
 
 @pytest.mark.parametrize("beta, advantage, expected", [(1.0, 1.0, 1.18448276), (0.1, -2.0, 10.61690323)])
 def test_policy_loss_has_the_known_value(beta, advantage, expected):
-    assert example(VELOCITY, advantage, beta).policy.item() == pytest.approx(expected, abs=2e-6)
+    policy, _, _ = example(VELOCITY, advantage, beta)
+    assert policy.item() == pytest.approx(expected, abs=2e-6)
 
 
 def test_total_loss_has_the_known_value():
-    loss = example(VELOCITY, 1.0, 1.0, REFERENCE)
-    assert (loss.policy + 1e-4 * loss.kl).item() == pytest.approx(1.18449626, abs=1e-6)
+    policy, kl, _ = example(VELOCITY, 1.0, 1.0, REFERENCE)
+    assert (policy + 1e-4 * kl).item() == pytest.approx(1.18449626, abs=1e-6)
 
 
 @pytest.mark.parametrize("advantage", [-5.0, -1.0, 0.0, 2.5, 5.0])
 def test_loss_at_the_old_velocity_does_not_depend_on_the_advantage(advantage):
-    assert example(OLD.clone(), advantage, 1.0).policy.item() == pytest.approx(1.0357142857, abs=1e-6)
+    policy, _, _ = example(OLD.clone(), advantage, 1.0)
+    assert policy.item() == pytest.approx(1.0357142857, abs=1e-6)
 
 
 def test_kl_and_deviation_are_mean_squared_distances():
-    loss = example(VELOCITY, 1.0, 1.0, REFERENCE)
-    assert loss.kl.item() == pytest.approx((VELOCITY - REFERENCE).square().mean().item())
-    assert loss.deviation.item() == pytest.approx((VELOCITY - OLD).square().mean().item())
-    assert example(VELOCITY, 1.0, 1.0).kl.item() == 0
+    _, kl, deviation = example(VELOCITY, 1.0, 1.0, REFERENCE)
+    assert kl.item() == pytest.approx((VELOCITY - REFERENCE).square().mean().item())
+    assert deviation.item() == pytest.approx((VELOCITY - OLD).square().mean().item())
+    _, without, _ = example(VELOCITY, 1.0, 1.0)
+    assert without.item() == 0
 
 
 @pytest.mark.parametrize("space", ["anchor", "velocity"])
@@ -107,7 +110,7 @@ def test_gradient_at_the_old_velocity_is_2r_minus_1_times_the_flow_matching_one(
     velocity = old.clone().requires_grad_()
 
     def gradient(r):
-        policy = nft_loss(velocity, old, None, anchor, noise, noisy, t, tau, r, beta, space).policy
+        policy, _, _ = nft_loss(Batch(velocity, old, None, anchor, noise, noisy, t, tau, r), beta, space)
         return torch.autograd.grad(policy.sum(), velocity)[0]
 
     certain = gradient(torch.ones_like(r))
@@ -134,9 +137,9 @@ def test_anchor_loss_at_tau_0_is_the_published_one(beta):
     positive = branch(beta * velocity + (1 - beta) * old)
     negative = branch((1 + beta) * old - beta * velocity)
     expected = (r * positive / beta + (1 - r) * negative / beta) * 5
-    loss = nft_loss(velocity, old, reference, clean, noise, noisy, t, tau, r, beta)
-    torch.testing.assert_close(loss.policy, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(loss.kl, ((velocity - reference) ** 2).mean(dim=(1, 2, 3)), rtol=1e-6, atol=1e-6)
+    policy, kl, _ = nft_loss(Batch(velocity, old, reference, clean, noise, noisy, t, tau, r), beta)
+    torch.testing.assert_close(policy, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(kl, ((velocity - reference) ** 2).mean(dim=(1, 2, 3)), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
@@ -149,33 +152,34 @@ def test_velocity_loss_is_the_printed_one(beta):
     positive = mean((beta * velocity + (1 - beta) * old - target).square())
     negative = mean(((1 + beta) * old - beta * velocity - target).square())
     expected = 5 * (r * positive + (1 - r) * negative) / beta
-    loss = nft_loss(velocity, old, None, anchor, noise, noisy, t, tau, r, beta, "velocity")
-    torch.testing.assert_close(loss.policy, expected, rtol=1e-5, atol=1e-5)
+    policy, _, _ = nft_loss(Batch(velocity, old, None, anchor, noise, noisy, t, tau, r), beta, "velocity")
+    torch.testing.assert_close(policy, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_perfect_prediction_gives_zero_loss_and_finite_gradient():
     velocity = (NOISE - CLEAN).clone().requires_grad_()
     noisy = 0.5 * CLEAN + 0.5 * NOISE
-    loss = nft_loss(velocity, NOISE - CLEAN, None, CLEAN, NOISE, noisy, HALF, ZERO, torch.tensor([1.0]), 1.0)
-    loss.policy.sum().backward()
-    assert loss.policy.item() == 0 and velocity.grad.isfinite().all()
+    batch = Batch(velocity, NOISE - CLEAN, None, CLEAN, NOISE, noisy, HALF, ZERO, torch.tensor([1.0]))
+    policy, _, _ = nft_loss(batch, 1.0)
+    policy.sum().backward()
+    assert policy.item() == 0 and velocity.grad.isfinite().all()
 
 
 def test_gradient_flows_to_the_current_velocity_alone():
     case = [tensor.clone().requires_grad_() for tensor in random_case()[:3]]
-    loss = nft_loss(*case, *random_case()[3:], beta=1.0)
-    (loss.policy + loss.kl).sum().backward()
+    policy, kl, _ = nft_loss(Batch(*case, *random_case()[3:]), beta=1.0)
+    (policy + kl).sum().backward()
     assert case[0].grad is not None and case[1].grad is None and case[2].grad is None
 
 
 def test_half_precision_velocities_give_float32_losses_that_do_not_underflow():
     velocity = torch.full((1, 4), 1e-4, dtype=torch.float16, requires_grad=True)
     zeros = torch.zeros(1, 4)
-    loss = nft_loss(velocity, zeros, zeros.half(), zeros, zeros, zeros, HALF, ZERO, HALF, 1.0)
-    assert loss.policy.dtype == loss.kl.dtype == loss.deviation.dtype == torch.float32
-    assert loss.kl.item() == pytest.approx(1e-8, rel=1e-2)
+    policy, kl, deviation = nft_loss(Batch(velocity, zeros, zeros.half(), zeros, zeros, zeros, HALF, ZERO, HALF), 1.0)
+    assert policy.dtype == kl.dtype == deviation.dtype == torch.float32
+    assert kl.item() == pytest.approx(1e-8, rel=1e-2)
 
 
 def test_unknown_space_is_refused():
     with pytest.raises(ValueError, match=r"anchor, velocity.*'pixel'"):
-        nft_loss(*random_case(), beta=1.0, space="pixel")
+        nft_loss(Batch(*random_case()), beta=1.0, space="pixel")

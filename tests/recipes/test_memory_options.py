@@ -21,7 +21,7 @@ def straight(train, tmp_path_factory):
 
 
 def trained(trainer) -> torch.Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in trainer.policy.tensors("current").values()])
+    return torch.cat([tensor.detach().flatten() for tensor in trainer.learner.policy.tensors("current").values()])
 
 
 def apart(first, second) -> float:
@@ -35,17 +35,17 @@ def apart(first, second) -> float:
 
 def test_checkpointing_and_slicing_train_the_same_policy(train, straight, tmp_path):
     trainer = train(tmp_path / "run", EPOCHS, "train.gradient_checkpointing=true", "model.vae_slicing=true")
-    assert trainer.generator.transformer.gradient_checkpointing and trainer.generator.vae.use_slicing
+    assert trainer.learner.generator.transformer.gradient_checkpointing and trainer.learner.generator.vae.use_slicing
     assert apart(trainer, straight) < 1e-4
 
 
 def test_checkpointing_keeps_less_for_the_backward_pass(make_trainer, tmp_path):
     def kept(*more: str) -> int:
         trainer, sizes = make_trainer(tmp_path / "-".join(["run", *more]), *more), []
-        rollout = trainer.collect(0)[0]
+        rollout = trainer.collector.collect(0)[0]
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t)
         with hooks:
-            trainer.generator.velocity(rollout.anchor, torch.full((4,), 0.5), rollout.conditions)
+            trainer.learner.generator.velocity(rollout.anchor, torch.full((4,), 0.5), rollout.conditions)
         return sum(sizes)
 
     assert kept("train.gradient_checkpointing=true") < 0.2 * kept()
@@ -57,17 +57,17 @@ def test_compiled_blocks_know_the_adapters_apart(make_trainer, tmp_path, monkeyp
     runs = [make_trainer(tmp_path / name, f"model.compile={name}") for name in ("false", "true")]
     found = []
     for trainer in runs:
-        for tensor in trainer.policy.tensors("current").values():
+        for tensor in trainer.learner.policy.tensors("current").values():
             tensor.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
-        rollout, velocities = trainer.collect(0)[0], []
+        rollout, velocities = trainer.collector.collect(0)[0], []
         level = torch.full((4,), 0.7)
         for adapter in (None, "old", "current", None):
-            with torch.no_grad(), trainer.policy.using(adapter):
-                velocities.append(trainer.generator.velocity(rollout.anchor, level, rollout.conditions))
-        trainer.generator.velocity(
+            with torch.no_grad(), trainer.learner.policy.using(adapter):
+                velocities.append(trainer.learner.generator.velocity(rollout.anchor, level, rollout.conditions))
+        trainer.learner.generator.velocity(
             rollout.anchor[:3], level[:3], rollout.conditions.select(torch.arange(3))
         ).sum().backward()
-        gradient = torch.cat([tensor.grad.flatten() for tensor in trainer.policy.tensors("current").values()])
+        gradient = torch.cat([tensor.grad.flatten() for tensor in trainer.learner.policy.tensors("current").values()])
         found.append((velocities, gradient))
     plain, compiled = found
     torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-3)
@@ -81,7 +81,7 @@ def test_moments_in_8_bits_learn_nearly_the_same_and_resume_bit_for_bit(train, d
     # Small matrices keep their moments in 32 bits: these have more than 4,096 numbers.
     small = ("train.optimizer=adamw_8bit", "lora.rank=32", "lora.alpha=64")
     trainer = train(tmp_path / "whole", "epochs=3", *small)
-    states = trainer.optimizer.optimizer.state_dict()["state"].values()
+    states = trainer.learner.backend.optimizer.state_dict()["state"].values()
     assert any(t.dtype == torch.uint8 for state in states for t in state["__bnb_optimizer_quant_state__"].values())
     train(tmp_path / "parts", "epochs=2", *small)
     train(tmp_path / "parts", "epochs=3", *small)
@@ -99,9 +99,9 @@ def test_a_missing_8_bit_library_is_told_before_anything_is_loaded(overrides, tm
 
 def test_the_autoencoder_decodes_in_bfloat16_nearly_as_in_float32(make_trainer, straight, tmp_path):
     trainer = make_trainer(tmp_path / "run", "model.vae_dtype=bfloat16")
-    assert trainer.generator.vae.dtype == torch.bfloat16
+    assert trainer.learner.generator.vae.dtype == torch.bfloat16
     latents = torch.randn(2, *straight.generator.latent_shape, generator=torch.Generator().manual_seed(0))
-    images, exact = trainer.generator.decode(latents), straight.generator.decode(latents)
+    images, exact = trainer.learner.generator.decode(latents), straight.generator.decode(latents)
     assert images.dtype == torch.float32
     assert 0 < (images - exact).abs().mean() < 0.02
 
@@ -110,13 +110,13 @@ def test_training_goes_on_from_a_lora_file(make_trainer, straight, tmp_path):
     file = straight.folder / "lora.safetensors"
     trainer = make_trainer(tmp_path / "run", f"lora.start={file}")
     for adapter in ("current", "old", "ema"):
-        found = trainer.policy.tensors(adapter)
+        found = trainer.learner.policy.tensors(adapter)
         for key, matrix in straight.policy.tensors("ema").items():
             torch.testing.assert_close(found[key], matrix)
-    assert trainer.policy.old_is_current
+    assert trainer.learner.policy.old_is_current
     indices = [0, 1]
-    torch.testing.assert_close(trainer.images("ema", indices), straight.images("ema", indices), atol=1e-5, rtol=0)
-    assert (trainer.images("ema", indices) - trainer.images(None, indices)).abs().max() > 1e-4
+    torch.testing.assert_close(trainer.held_out.images("ema", indices), straight.images("ema", indices), atol=1e-5, rtol=0)
+    assert (trainer.held_out.images("ema", indices) - trainer.held_out.images(None, indices)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(

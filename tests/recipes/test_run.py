@@ -148,7 +148,7 @@ def test_old_is_frozen_within_an_epoch_and_current_differs_from_it_from_the_seco
         terms = step(*arguments)
         deviations.append(float(terms[2]))
         for seen, name in ((olds, "old"), (currents, "current")):
-            seen.append(torch.cat([tensor.detach().flatten() for tensor in trainer.policy.tensors(name).values()]))
+            seen.append(torch.cat([tensor.detach().flatten() for tensor in trainer.learner.policy.tensors(name).values()]))
         return terms
 
     monkeypatch.setattr(nft.trainer, "optimizer_step", watchdog)

@@ -38,19 +38,19 @@ def test_a_run_on_stopped_rollouts_trains_audits_and_evaluates_on_images(train, 
     for row in rest:
         assert {"audit/spearman", "audit/bias", "audit/slope", "audit/value", "audit/reward"} <= row.keys()
     assert rest[1]["train/old_deviation"] >= 0 and rest[0]["train/gradient_norm"] > 0
-    rollouts = trainer.collect(0)
-    assert {float(t) for r in rollouts for t in r.tau} <= {float(torch.tensor(trainer.sigmas[k])) for k in (1, 2)}
-    assert trainer.scorer.values["aesthetic"].backbone.network is trainer.generator.transformer
+    rollouts = trainer.collector.collect(0)
+    assert {float(t) for r in rollouts for t in r.tau} <= {float(torch.tensor(trainer.collector.sigmas[k])) for k in (1, 2)}
+    assert trainer.held_out.scorer.values["aesthetic"].backbone.network is trainer.learner.generator.transformer
 
 
 def test_values_do_not_depend_on_the_adapters(make_trainer, tmp_path, stopped):
     trainer = make_trainer(tmp_path / "run", *stopped())
-    before = torch.cat([r.rewards["total"] for r in trainer.collect(0)])
+    before = torch.cat([r.rewards["total"] for r in trainer.collector.collect(0)])
     with torch.no_grad():
-        for tensor in trainer.policy.tensors("current").values():
+        for tensor in trainer.learner.policy.tensors("current").values():
             tensor.add_(0.1)
-    trainer.policy.old_is_current = False
-    assert torch.equal(before, torch.cat([r.rewards["total"] for r in trainer.collect(0)]))
+    trainer.learner.policy.old_is_current = False
+    assert torch.equal(before, torch.cat([r.rewards["total"] for r in trainer.collector.collect(0)]))
 
 
 def test_a_stopped_run_resumes_bit_for_bit(train, tmp_path, stopped, digests, rows):
@@ -86,10 +86,10 @@ def test_a_value_model_whose_backbone_reads_prompts_scores_by_them(make_trainer,
     more = ("backbone.block=2", "reward.block=1", "backbone.conditioning=prompt")
     folder = stitch("aesthetic", tmp_path / "prompted" / "stitch", *more)
     trainer = make_trainer(tmp_path / "run", *stopped(folder))
-    rollout, another = trainer.collect(0)[:2]
+    rollout, another = trainer.collector.collect(0)[:2]
     own, others = rollout.conditions, another.conditions
-    model = next(iter(trainer.scorer.values.values()))
-    with torch.no_grad(), trainer.policy.using(None):
+    model = next(iter(trainer.held_out.scorer.values.values()))
+    with torch.no_grad(), trainer.learner.policy.using(None):
         found = [model.score(rollout.anchor, rollout.tau, conditions=c) for c in (own, others)]
     assert torch.equal(rollout.rewards["total"], found[0])
     assert not torch.equal(found[0], found[1])

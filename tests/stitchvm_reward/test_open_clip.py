@@ -15,7 +15,7 @@ from torch import nn
 from transformers import CLIPModel
 
 from miniature import wording
-from stitchvm_reward.diffusion.architectures import CLIPS
+from stitchvm_reward.rewards.architectures import CLIPS
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards.clip import ClipReward, ImageTower, TextTower
 from stitchvm_reward.rewards.open_clip import convert, convert_file, main
@@ -237,13 +237,13 @@ def swapped(name, tensor):
         ),
         (swapped("text_projection", torch.ones(128, 40)), r"text_projection must have shape (128, 48)"),
         (swapped("transformer.resblocks.0.attn.in_proj_weight", torch.ones(385, 128)), "must have shape (384, 128)"),
-        (swapped("visual.positional_embedding", torch.ones(12, 192)), "1 + a square of positions, got 12"),
-        (swapped("visual.positional_embedding", torch.ones(0, 192)), "1 + a square of positions, got 0"),
+        (swapped("visual.positional_embedding", torch.ones(12, 192)), "one more than a square of positions, got 12"),
+        (swapped("visual.positional_embedding", torch.ones(0, 192)), "one more than a square of positions, got 0"),
         (swapped("visual.conv1.weight", torch.ones(192, 3, 8)), "visual.conv1.weight must have 4 dimensions"),
-        (swapped("visual.conv1.weight", torch.ones(100, 3, 8, 8)), "must be a multiple of its heads' 64, got 100"),
+        (swapped("visual.conv1.weight", torch.ones(100, 3, 8, 8)), "must be a multiple of 64, its heads' width, got 100"),
         (swapped("visual.conv1.weight", "text"), "visual.conv1.weight is a str"),
         (lambda s: [1, 2], "must hold named tensors, got a list"),
-        (lambda s: {"model": s}, "its model is a dict"),
+        (lambda s: {"model": s}, "model is a dict"),
     ],
 )
 def test_what_cannot_be_converted_is_named_and_nothing_is_written(change, told, state, saved, tokenizer, tmp_path):
@@ -272,7 +272,7 @@ def test_the_command_refuses_code_and_does_not_run_it(state, saved, tokenizer, t
     done = subprocess.run([*command, "--tokenizer", tokenizer], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and not sign.exists() and not (tmp_path / "out").exists()
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-    assert "cannot be read as tensors alone" in done.stderr and "weights_only=False" not in done.stderr
+    assert "cannot be read as tensors, and code in it is never run" in done.stderr and "weights_only=False" not in done.stderr
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def refuses(monkeypatch, capsys):
 def test_a_file_that_holds_no_weights_is_refused(content, suffix, refuses, tokenizer, tmp_path):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
-    refuses(path, tmp_path / "out", "--tokenizer", tokenizer, told="cannot be read as tensors alone")
+    refuses(path, tmp_path / "out", "--tokenizer", tokenizer, told="cannot be read as tensors, and code in it is never run")
     assert not (tmp_path / "out").exists()
 
 
@@ -302,14 +302,14 @@ def test_paths_that_cannot_be_used_are_refused(state, saved, refuses, tokenizer,
     refuses(path, tmp_path / "out", "--tokenizer", tmp_path, told="has no tokenizer")
     refuses(path, path / "out", "--tokenizer", tokenizer, told="cannot write")
     (tmp_path / "out").mkdir()
-    refuses(path, tmp_path / "out", "--tokenizer", tokenizer, told="exists already")
+    refuses(path, tmp_path / "out", "--tokenizer", tokenizer, told="already exists")
 
 
 def test_the_command_says_what_it_wrote(state, saved, tokenizer, tmp_path, monkeypatch, capsys):
     out = tmp_path / "deep" / "out"
     monkeypatch.setattr(sys, "argv", ["open_clip", str(saved(state)), str(out), "--tokenizer", tokenizer])
     assert main() == 0
-    assert "vision 2 blocks 192 wide, 32 px in patches of 8; text 3 blocks 128 wide; gelu" in capsys.readouterr().out
+    assert "vision 2 blocks of width 192, 32 px in patches of 8; text 3 blocks of width 128; gelu" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -323,9 +323,9 @@ def test_a_tokenizer_that_reads_texts_elsewhere_is_refused(state, saved, tokeniz
     larger = wording.clip_tokenizer()
     larger.add_tokens(["<later>"])
     larger.save_pretrained(tmp_path / "larger")
-    with pytest.raises(InputError, match=r"203 entries, the end mark the last of them; .* has 204"):
+    with pytest.raises(InputError, match=r"203 entries, as the model does, the last one the end token; .* has 204"):
         convert_file(saved(state), tmp_path / "out", str(tmp_path / "larger"))
     state["token_embedding.weight"] = torch.randn(204, 128)  # now it has the entries, and the end mark is not the last
-    with pytest.raises(InputError, match="its end mark is number 202"):
+    with pytest.raises(InputError, match="its end token is number 202"):
         convert_file(saved(state), tmp_path / "out", str(tmp_path / "larger"))
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel
 from miniature import wording
 from stitchvm_reward import hub
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.rewards import FunctionReward, check_finite, find_function, load_reward
+from stitchvm_reward.rewards import FunctionReward, check_finite, RewardRecipe, find_function, load_reward
 from stitchvm_reward.rewards.aesthetic import AestheticHead, AestheticReward, load_head
 from stitchvm_reward.rewards.clip import FITS, TEXT_KINDS, ClipReward, load_clip
 from stitchvm_reward.rewards.preprocess import normalise
@@ -88,13 +88,13 @@ def test_clip_reward_is_differentiable_in_the_pixels_alone(clip_folder, images):
 
 
 def test_folder_without_a_clip_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no CLIP model"):
+    with pytest.raises(InputError, match="not a CLIP model"):
         ClipReward(str(tmp_path), "clip", CPU)
 
 
 def test_folder_with_another_kind_of_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(InputError, match="no CLIP model"):
+    with pytest.raises(InputError, match="not a CLIP model"):
         ClipReward(str(tmp_path), "clip", CPU)
 
 
@@ -121,7 +121,7 @@ def test_every_text_kind_is_the_scaled_cosine_of_what_its_tower_sees(clip_folder
         direct = model(input_ids=tokens, pixel_values=normalise(FITS[kind](tall, 32)))
     scale = float(model.logit_scale.detach().exp()) / 26 if kind == "pickscore" else 1.0
     expected = scale * torch.cosine_similarity(direct.image_embeds, direct.text_embeds)
-    reward = load_reward(kind, clip_folder, "", "", CPU)
+    reward = load_reward(RewardRecipe(kind=kind, model=clip_folder), CPU)
     torch.testing.assert_close(reward.score(tall, PROMPTS), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -166,7 +166,7 @@ def test_a_file_of_weights_is_answered_with_the_command_that_converts_it(tmp_pat
         (tmp_path / model).write_bytes(b"")
     command = f"python -m stitchvm_reward.rewards.open_clip {model} OUT --tokenizer FOLDER_OR_HUB_ID"
     with pytest.raises(InputError) as caught:
-        load_reward("hpsv2", model, "", "", CPU)
+        load_reward(RewardRecipe(kind="hpsv2", model=model), CPU)
     assert command in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -206,7 +206,7 @@ def test_pickled_weights_are_fetched_only_where_there_are_no_others(clip_folder,
 def test_code_in_pickled_weights_is_refused_and_not_run(clip_folder, tmp_path):
     sign = tmp_path / "executed"
     folder = pickled(clip_folder, tmp_path, lambda state: state | {"logit_scale": Code(sign)})
-    with pytest.raises(InputError, match="no CLIP model folder") as caught:
+    with pytest.raises(InputError, match="not a CLIP model folder") as caught:
         load_clip(folder, CPU)
     assert not sign.exists() and "\n" not in str(caught.value)
 
@@ -276,7 +276,7 @@ class Code:
 def test_code_in_a_pickled_head_is_refused_and_not_run(tmp_path, writer):
     path, sign = tmp_path / "aesthetic-model.pth", tmp_path / "executed"
     writer({"layers.0.weight": Code(sign)}, path)
-    with pytest.raises(InputError, match="no aesthetic head"):
+    with pytest.raises(InputError, match="not an aesthetic head"):
         load_head(str(path))
     assert not sign.exists()
 
@@ -286,7 +286,7 @@ def test_code_in_a_pickled_head_is_refused_and_not_run(tmp_path, writer):
 def test_a_file_that_is_no_head_is_refused(tmp_path, suffix, content):
     path = tmp_path / f"head{suffix}"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="no aesthetic head"):
+    with pytest.raises(InputError, match="not an aesthetic head"):
         load_head(str(path))
 
 
@@ -295,7 +295,7 @@ def test_a_file_that_is_no_head_is_refused(tmp_path, suffix, content):
 )
 def test_tensors_of_another_layout_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "head.pth")
-    with pytest.raises(InputError, match="no aesthetic head"):
+    with pytest.raises(InputError, match="not an aesthetic head"):
         load_head(str(tmp_path / "head.pth"))
 
 
@@ -361,8 +361,8 @@ def test_a_module_that_cannot_be_imported_is_told_by_name(user, name):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(InputError, match="aesthetic, clip, dfn_clip, hpsv2, pickscore, function, got 'magic'"):
-        load_reward("magic", "", "", "", CPU)
+    with pytest.raises(InputError, match="aesthetic, clip, dfn_clip, hpsv2, pickscore, function, value, got 'magic'"):
+        RewardRecipe(kind="magic")
 
 
 def test_scores_that_are_not_finite_are_told_by_name():

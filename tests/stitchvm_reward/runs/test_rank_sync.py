@@ -81,7 +81,7 @@ def test_a_process_that_moves_is_left_alone_however_long_it_takes():
 def test_a_phase_inside_another_is_not_counted_twice():
     timings = Timings()
     with timings.phase("train"), timings.meeting():
-        assert timings.current == "train, where it meets the others"
+        assert timings.current == "train, waiting for other processes"
         time.sleep(0.2)
     assert timings.current == "train"
     found = timings.take()

@@ -7,7 +7,8 @@ import torch
 
 from nft.evaluation.summary import read_run, summary_lines
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.runs.tracking import Timings, Tracker, before_after, curves, read_metrics
+from stitchvm_reward.runs.pictures import before_after, curves
+from stitchvm_reward.runs.tracking import Timings, Tracker, read_metrics
 
 
 def write(folder, rows):

@@ -6,6 +6,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import load_vae
+from stitchvm_reward.families import SD3
 from stitchvm_reward.rewards.aesthetic import AestheticReward
 from stitchvm_reward.stitching.value_model import StitchedValueModel
 
@@ -29,7 +30,7 @@ def pipeline(make_pipeline):
 @pytest.fixture(scope="session")
 def value(pipeline):
     """The bundled value model on the pipeline's own blocks."""
-    return StitchedValueModel.from_pretrained(VALUE, "cpu", BackboneHead(pipeline.transformer))
+    return StitchedValueModel.from_pretrained(VALUE, "cpu", BackboneHead(SD3, pipeline.transformer))
 
 
 @pytest.fixture(scope="session")

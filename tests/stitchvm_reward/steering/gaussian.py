@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from stitchvm_reward.diffusion.generator import Conditions
+from stitchvm_reward.families.family import Conditions
+from stitchvm_reward.families.sd3 import static_levels
 from stitchvm_reward.steering.denoiser import Denoiser, Known
 from stitchvm_reward.steering.values import Value
 
@@ -20,7 +21,10 @@ def clean_mean(latents, sigma):
 class GaussianGenerator:
     """What `Denoiser` asks of a generator; its velocity is exact."""
 
-    latent_shape, shift, device, transformer = (1, 1, 1), 3.0, torch.device("cpu"), None
+    latent_shape, device, transformer, guidance = (1, 1, 1), torch.device("cpu"), None, None
+
+    def sigmas(self, steps):
+        return static_levels(steps, 3.0)
 
     def velocity(self, latents, sigma, conditions):
         level = sigma.view(-1, 1, 1, 1)
@@ -51,10 +55,22 @@ class Slope(Value):
 
 
 def gaussian_denoiser(prompts: int, steps: int, **changes) -> Denoiser:
-    nothing = Conditions(torch.zeros(prompts, 1, 1), torch.zeros(prompts, 1))
+    nothing = Conditions({"tokens": torch.zeros(prompts, 1, 1), "pooled": torch.zeros(prompts, 1)})
     names = [f"prompt {number}" for number in range(prompts)]
     generator = GaussianGenerator()
-    made = Denoiser(generator, names, list(range(prompts)), nothing, None, False, 1.0, steps, 1.0, 1 << 20, 0)
+    made = Denoiser(
+        generator=generator,
+        prompts=names,
+        numbers=list(range(prompts)),
+        conditions=nothing,
+        negative=None,
+        null_text=False,
+        guidance=1.0,
+        steps=steps,
+        stochasticity=1.0,
+        micro_batch=1 << 20,
+        seed=0,
+    )
     return replace(made, **changes)
 
 

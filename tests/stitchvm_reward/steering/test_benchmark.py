@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from stitchvm_reward.measure import peak_mib
 from stitchvm_reward.steering.benchmark import guided_step_costs
-from stitchvm_reward.stitching.benchmark import peak_mib
 from stitchvm_reward.stitching.config import load_stitch_recipe
 
 RECIPE = "recipes/stitch/shapes_aesthetic.yaml"

@@ -43,5 +43,5 @@ def test_strength_over_the_levels():
 
 
 def test_a_strength_that_breaks_the_latents_is_told_with_the_step():
-    with pytest.raises(InputError, match=r"did until step [0-9]+ of 8: lower dps.strength, which is 1e\+30"):
+    with pytest.raises(InputError, match=r"not finite after step [0-9]+ of 8: lower dps.strength, which is 1e\+30"):
         dps(gaussian_denoiser(2, 8), Parabola(), Guidance(strength=1e30))

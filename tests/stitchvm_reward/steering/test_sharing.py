@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stitchvm_reward.diffusion.backbone import BackboneHead, join_passes
+from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.diffusion.generator import Generator
+from stitchvm_reward.families import SD3
+from stitchvm_reward.families.family import join_passes
+from stitchvm_reward.measure import flops
 from stitchvm_reward.steering.build import encode
 from stitchvm_reward.steering.denoiser import Known
 from stitchvm_reward.steering.dps import dps
@@ -14,7 +17,6 @@ from stitchvm_reward.steering.fk import fk
 from stitchvm_reward.steering.sampling import make_denoiser
 from stitchvm_reward.steering.settings import FeynmanKac, Guidance, Settings
 from stitchvm_reward.steering.values import StitchedValue
-from stitchvm_reward.stitching.benchmark import flops
 from stitchvm_reward.stitching.value_model import StitchedValueModel
 from tests.stitchvm_reward.steering.conftest import MODEL, VALUE
 
@@ -23,7 +25,7 @@ PROMPTS = ["a red cross, white background", "two green circles on black"]
 
 @pytest.fixture(scope="module")
 def generator(pipeline):
-    return Generator(pipeline.transformer, pipeline.vae, 3.0, 64)
+    return Generator.of_pipeline(pipeline, 64)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def stitched(value):
 
 def denoiser_of(generator, pipeline, value, **changes):
     settings = Settings(**({"steps": 4, "guidance": 2.0} | changes))
-    return make_denoiser(generator, PROMPTS, *encode(pipeline, PROMPTS, "", 13), value, settings)
+    return make_denoiser(generator, PROMPTS, *encode(pipeline, PROMPTS, "", 13), value=value, settings=settings)
 
 
 @pytest.mark.parametrize("blocks", [1, 4, 6])
@@ -43,7 +45,7 @@ def test_a_finished_pass_is_the_networks_own(generator, pipeline, blocks):
     sigma = torch.tensor([0.9, 0.3])
     with torch.no_grad():
         whole = generator.velocity(latents, sigma, conditions)
-        _, stands = BackboneHead(pipeline.transformer).run(latents, sigma, conditions, [blocks])
+        _, stands = BackboneHead(SD3, pipeline.transformer).run(latents, sigma, conditions, [blocks])
         assert torch.equal(stands.finish(), whole)
         parts = [stands.select(torch.tensor([row])) for row in (0, 1)]
         torch.testing.assert_close(join_passes(parts).finish(), whole, atol=1e-5, rtol=1e-5)
@@ -80,7 +82,7 @@ def test_steering_is_the_same_with_and_without_sharing(generator, pipeline, stit
 
 
 def test_a_value_that_reads_prompts_begins_the_prompts_branch(generator, pipeline):
-    reads = StitchedValueModel.from_pretrained(f"{VALUE}_prompt", "cpu", BackboneHead(pipeline.transformer))
+    reads = StitchedValueModel.from_pretrained(f"{VALUE}_prompt", "cpu", BackboneHead(SD3, pipeline.transformer))
     stitched = StitchedValue({"aesthetic": reads}, {"aesthetic": 1.0})
     denoiser = denoiser_of(generator, pipeline, stitched)
     latents = denoiser.start(2)
@@ -95,7 +97,7 @@ def test_a_value_that_reads_prompts_begins_the_prompts_branch(generator, pipelin
 
 def test_blocks_of_another_network_or_under_another_negative_prompt_are_not_shared(generator, pipeline, stitched):
     settings = Settings(steps=4, guidance=2.0)
-    other = make_denoiser(generator, PROMPTS, *encode(pipeline, PROMPTS, "grey", 13), stitched, settings)
+    other = make_denoiser(generator, PROMPTS, *encode(pipeline, PROMPTS, "grey", 13), value=stitched, settings=settings)
     assert not other.null_text
     apart = StitchedValueModel.from_pretrained(VALUE)
     own = StitchedValue({"aesthetic": apart}, {"aesthetic": 1.0})

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.families import SD3
 from stitchvm_reward.steering.build import steer
 from stitchvm_reward.steering.sampling import require_memory
 from stitchvm_reward.steering.settings import BestOfN, FeynmanKac, Guidance, Settings
@@ -84,7 +85,7 @@ def test_adapters_and_a_value_model_on_the_same_blocks_are_refused(make_pipeline
     from stitchvm_reward.diffusion.backbone import BackboneHead
 
     tuned = make_pipeline()
-    shared = StitchedValueModel.from_pretrained(VALUE, "cpu", BackboneHead(tuned.transformer))
+    shared = StitchedValueModel.from_pretrained(VALUE, "cpu", BackboneHead(SD3, tuned.transformer))
     tuned.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"]))
     with pytest.raises(InputError, match="which have adapters now"):
         steer(tuned, PROMPTS[:1], "fk", shared, SETTINGS)

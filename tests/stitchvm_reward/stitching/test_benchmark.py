@@ -5,7 +5,8 @@ import json
 import torch
 from torch import nn
 
-from stitchvm_reward.stitching.benchmark import randomised, score_costs
+from stitchvm_reward.random_models import randomised
+from stitchvm_reward.stitching.benchmark import score_costs
 from stitchvm_reward.stitching.config import load_stitch_recipe
 
 RECIPE = "recipes/stitch/shapes_clip.yaml"

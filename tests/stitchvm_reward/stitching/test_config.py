@@ -30,7 +30,7 @@ def test_shipped_recipes_name_the_kind_of_their_reward():
         ("finetune.learnig_rate=1e-4", "did you mean 'learning_rate'"),
         ("finetune.epochs=0", "finetune.epochs must be at least 1"),
         ("evaluation.sigmas=[0.5,1.0]", "evaluation.sigmas must lie between 0 and 1, got 1.0"),
-        ("backbone.resolution=60", "must be a multiple of 16"),
+        ("model.resolution=60", "must be a multiple of 16"),
         ("backbone.conditioning=caption", "must be one of null, prompt"),
         ("reward.head=''", "reward.head must name a file"),
         ("reward.kind=hpsv2", "and nothing for another kind"),

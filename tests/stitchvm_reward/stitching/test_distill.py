@@ -36,9 +36,9 @@ def test_the_aesthetic_loss_is_smooth_l1_on_tokens_embedding_and_score():
     states, wanted = torch.tensor([[[2.0, 0.5]]]), torch.zeros(1, 1, 2)
     embedding, target = torch.tensor([[0.6, 0.8]]), torch.tensor([[0.6, 0.8]])
     # smooth L1 of 2 is 1.5, of .5 is .125; embedding and score agree
-    found = aesthetic_loss(states, embedding, wanted, target, 1.0, head)
+    found = aesthetic_loss(states, embedding, wanted, target, 1.0, head=head)
     torch.testing.assert_close(found, torch.tensor([(1.5 + 0.125) / 2]))
-    assert aesthetic_loss(states, -embedding, wanted, target, 1.0, head) > found
+    assert aesthetic_loss(states, -embedding, wanted, target, 1.0, head=head) > found
 
 
 def test_noise_levels_are_dense_in_the_middle():
@@ -107,7 +107,7 @@ def test_too_few_good_images_are_an_error(stitch, tmp_path):
         ("reward.model=/nowhere", "model folder not found: /nowhere"),
         ("reward.model=weights/hps.pt", "rewards.open_clip weights/hps.pt OUT --tokenizer"),
         ("reward.head=/nowhere", "aesthetic head not found: /nowhere"),
-        ("backbone.path=/nowhere", "/nowhere"),
+        ("model.path=/nowhere", "/nowhere"),
     ],
 )
 def test_bad_recipes_are_refused_before_anything_is_written(stitch, tmp_path, override, told):

@@ -74,7 +74,7 @@ def test_recall_counts_nearest_neighbours_both_ways():
     [
         (("--sigmas", "1.0"), "--sigmas must lie between 0 and 1, got 1.0"),
         (("--count", "1"), "--count must be at least 2, got 1"),
-        (("--count", "5000"), "5000 were asked for"),
+        (("--count", "5000"), "5000 were requested"),
         (("--truth", "miniature.measures:nothing"), "cannot import miniature.measures:nothing"),
         (("--truth-latents", "-1"), "--truth-latents must be 0 or more, got -1"),
     ],
@@ -104,7 +104,7 @@ def test_models_that_cannot_stand_in_one_table_are_refused(launched, aesthetic_f
     for others, told in (
         (["/nowhere"], "value model not found: /nowhere"),
         ([clip_folder], "have not the same reward"),
-        ([aesthetic_folder], "needs a name of its own"),
+        ([aesthetic_folder], "needs a unique name"),
     ):
         code, _, error = launched("evaluate", "value", aesthetic_folder, *others, "--images", image_folder)
         assert code == 2 and told in error and len(error.splitlines()) == 1, error

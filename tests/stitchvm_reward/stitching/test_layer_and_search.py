@@ -3,7 +3,7 @@
 import torch
 
 from stitchvm_reward.stitching.layer import StitchingLayer, resample
-from stitchvm_reward.stitching.search import Probe, search, solve, start
+from stitchvm_reward.stitching.search import Probe, search, initial_weights, solve
 
 
 def test_the_layer_starts_as_the_closed_form_solution():
@@ -41,8 +41,8 @@ def test_the_search_prefers_the_block_that_explains_the_target():
 
 
 def test_a_cut_beyond_the_first_block_starts_with_each_positions_mean_residual():
-    solution, class_state, offsets = start(_probe(), 1, 2)
+    solution, class_state, offsets = initial_weights(_probe(), 1, 2)
     assert solution.shape == (9, 5) and class_state.shape == (5,) and offsets.shape == (9, 5)
     rebuilt = _probe().backbone[1].double() @ solution[:-1] + solution[-1] + offsets
     torch.testing.assert_close(rebuilt, _probe().reward[2].double(), rtol=1e-4, atol=1e-4)
-    assert start(_probe(), 1, 1)[1:] == (None, None)
+    assert initial_weights(_probe(), 1, 1)[1:] == (None, None)

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stitchvm_reward.diffusion.backbone import BackboneHead, load_backbone
-from stitchvm_reward.diffusion.generator import Conditions, Generator
+from stitchvm_reward.diffusion.generator import Generator
+from stitchvm_reward.diffusion.recipe import ModelRecipe
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.rewards.clip import load_clip
 from stitchvm_reward.rewards.tail import RewardTail, vision_states
 from stitchvm_reward.stitching.value_model import StitchedValueModel, load_value_models, score_all
@@ -21,7 +23,7 @@ PROMPTS = ["a red circle on white", "two blue squares on black"]
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    return Generator.load(MODEL, torch.float32, CPU, 64)
+    return Generator.load(ModelRecipe(path=MODEL, dtype="float32", resolution=64, text_length=13), CPU)
 
 
 @pytest.fixture
@@ -30,22 +32,22 @@ def latents() -> torch.Tensor:
 
 
 def test_the_head_gives_what_the_whole_network_computes_on_its_way(generator, latents):
-    conditions = Conditions(torch.randn(2, 26, 192), torch.randn(2, 256))
+    conditions = Conditions({"tokens": torch.randn(2, 26, 192), "pooled": torch.randn(2, 256)})
     sigma, seen = torch.tensor([0.3, 0.8]), {}
     for number, block in enumerate(generator.transformer.transformer_blocks, start=1):
         block.register_forward_hook(lambda _, __, output, n=number: seen.__setitem__(n, output[1]))
     generator.velocity(latents, sigma, conditions)
-    found = BackboneHead(generator.transformer).features(latents, sigma, conditions, range(7))
+    found = BackboneHead.of(generator).features(latents, sigma, conditions, range(7))
     assert torch.equal(found[0], latents)
     for number, tokens in seen.items():
         assert torch.equal(found[number].flatten(2).transpose(1, 2), tokens)
 
 
 def test_blocks_after_the_last_asked_for_are_neither_run_nor_loaded(generator, latents):
-    conditions = Conditions(torch.randn(2, 26, 192), torch.randn(2, 256))
+    conditions = Conditions({"tokens": torch.randn(2, 26, 192), "pooled": torch.randn(2, 256)})
     head = load_backbone(MODEL, 2, torch.float32, CPU)
     assert len(head.network.transformer_blocks) == 2
-    whole = BackboneHead(generator.transformer)
+    whole = BackboneHead.of(generator)
     ran = []
     hooks = [
         block.register_forward_hook(lambda *_, n=number: ran.append(n))
@@ -124,7 +126,7 @@ def test_shared_heads_score_as_separate_ones_bit_for_bit(aesthetic_folder, clip_
 
 
 def test_the_generators_own_blocks_serve_as_the_backbone(aesthetic_folder, generator, latents):
-    shared = StitchedValueModel.from_pretrained(aesthetic_folder, backbone=BackboneHead(generator.transformer))
+    shared = StitchedValueModel.from_pretrained(aesthetic_folder, backbone=BackboneHead.of(generator))
     assert shared.backbone.network is generator.transformer
     alone = StitchedValueModel.from_pretrained(aesthetic_folder)
     assert torch.equal(shared.score(latents, 0.4), alone.score(latents, 0.4))
@@ -142,7 +144,9 @@ def test_misfits_are_refused_in_one_line(aesthetic_folder, generator, latents, t
     model.require_fit(generator)
     with pytest.raises(InputError, match=r"reads latents of \(batch, 16 x 8 x 8\), got \(2, 16, 4, 4\)"):
         model.score(latents[..., :4, :4], 0.5)
-    larger = Generator(generator.transformer, generator.vae, 3.0, 128)
+    larger = Generator(
+        generator.family, generator.transformer, generator.vae, scheduler=generator.scheduler, resolution=128
+    )
     with pytest.raises(InputError, match="for 64 px, the generator makes 128 px"):
         model.require_fit(larger)
     shutil.copytree(aesthetic_folder, tmp_path / "other")
@@ -162,7 +166,7 @@ def test_damaged_folders_are_named(aesthetic_folder, tmp_path):
     with pytest.raises(InputError, match=r"value model not found: .*launch/stitch\.py"):
         StitchedValueModel.from_pretrained(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="is no value model"):
+    with pytest.raises(InputError, match="is not a value model"):
         StitchedValueModel.from_pretrained(tmp_path / "empty")
     shutil.copytree(aesthetic_folder, tmp_path / "torn")
     tensors = load_file(tmp_path / "torn/model.safetensors")

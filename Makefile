@@ -6,7 +6,7 @@ export TRANSFORMERS_VERBOSITY ?= error
 export DIFFUSERS_VERBOSITY ?= error
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check slurm clean
+.PHONY: demo test test-all check slurm clean
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -22,8 +22,14 @@ demo: .venv/ready
 	$(LAUNCH) launch/nft.py recipes/shapes/stopped.yaml out=runs/demo-stopped
 	$(BIN)/python -m nft.evaluation.summary runs/demo-full runs/demo-stopped
 
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
 test: .venv/ready check
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# Every backend, every signal, repeated kills, and SLURM where it can be installed.
+test-all: .venv/ready check slurm
+	$(PYTEST)
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder to write; default: RUN/export/FORMAT")
     parser.add_argument("--replace", action="store_true", help="write an earlier export of that name anew")
     parser.add_argument("--title", help="for the header and the card")
-    parser.add_argument("--license", help="likewise; default: the base's where it is SD3.5")
+    parser.add_argument("--license", help="likewise; default: the base model's, where it is a published one")
     parser.add_argument("--author", help="likewise")
     parser.add_argument("--push", metavar="USER/NAME", help="upload it to this repository of the hub, made private")
     parser.add_argument("--public", action="store_true", help="make that repository public")
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     texts = Texts(arguments.title, arguments.license, arguments.author)
     if arguments.push:
         texts = replace(texts, address=arguments.push)
-    layers, deviation = export(trained, arguments.format, arguments.dtype, out, texts, arguments.replace)
+    layers, deviation = export(trained, arguments.format, arguments.dtype, out, texts, replace=arguments.replace)
     files = ", ".join(sorted(path.name for path in out.iterdir()))
     print(f"wrote {out}: {files}")
     print(

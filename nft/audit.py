@@ -181,7 +181,9 @@ class Auditor:
         if not rows:
             return
         with self.learner.policy.using("old"):
-            latents = continue_rollout(self.generator, self.learner.sampler, rollout, rows, self.sigmas, self.solver)
+            latents = continue_rollout(
+                self.generator, self.learner.sampler, rollout, rows, sigmas=self.sigmas, solver=self.solver
+            )
         texts = [self.prompts[rollout.prompts[place]] for place in rows]
         rewards = self.scorer.score(self.generator.decode(latents), texts)["total"]
         for part, scores in zip(parts, (rollout.rewards["total"][rows], rewards)):

@@ -125,7 +125,7 @@ def sample(
 
 
 def continue_rollout(
-    generator: Generator, network: nn.Module, rollout: Rollout, rows: list[int], sigmas: list[float], solver: str
+    generator: Generator, network: nn.Module, rollout: Rollout, rows: list[int], *, sigmas: list[float], solver: str
 ) -> Tensor:
     """Take some stopped samples of a rollout the rest of the way: clean latents (len(rows), c, h, w)."""
     starts = [int((torch.tensor(sigmas) - float(rollout.tau[row])).abs().argmin()) for row in rows]

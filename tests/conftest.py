@@ -13,6 +13,8 @@ import pytest
 
 from tests.tiny import RECIPE, ROOT, TINY, few_prompts
 
+# These tests are for the CPU: several processes must not be sent to one card.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 for name, value in {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -141,7 +141,7 @@ def _use_lines(trained: Trained, kind: str, address: str) -> list[str]:
     return lines
 
 
-def write_card(folder: Path, trained: Trained, kind: str, dtype: str, deviation: float, texts: Texts) -> None:
+def write_card(folder: Path, trained: Trained, texts: Texts, *, kind: str, dtype: str, deviation: float) -> None:
     """Write README.md into an export's folder and copy the run's curves and pictures beside it."""
     recipe, difference = trained.recipe, "nothing" if deviation == 0 else f"{deviation:.1e} of their size"
     copied = [name for name in PICTURES if (trained.folder / name).is_file()]

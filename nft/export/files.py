@@ -189,7 +189,13 @@ def _write(folder: Path, trained: Trained, kind: str, dtype: torch.dtype, texts:
         return verify_merged(folder / "transformer", trained, dtype)
     if kind == "comfyui":
         header = lora_header(
-            trained.recipe, trained.config, trained.epoch, trained.date, texts.title, texts.license, texts.author
+            trained.recipe,
+            trained.config,
+            trained.epoch,
+            trained.date,
+            title=texts.title,
+            license_name=texts.license,
+            author=texts.author,
         )
         save_lora(folder / LORA_NAME, trained.matrices, trained.scaling, header, dtype)
     else:
@@ -198,7 +204,7 @@ def _write(folder: Path, trained: Trained, kind: str, dtype: torch.dtype, texts:
 
 
 def export(
-    trained: Trained, kind: str, dtype: str | None, out: Path, texts: Texts, replace: bool = False
+    trained: Trained, kind: str, dtype: str | None, out: Path, texts: Texts, *, replace: bool = False
 ) -> tuple[int, float]:
     """Write `out`: weights as `kind`, one of FORMATS, in `dtype` (by default float32, merged the base's), with a card.
 
@@ -214,7 +220,7 @@ def export(
         with staged(out) as folder:
             folder.mkdir()
             deviation = _write(folder, trained, kind, number, texts)
-            write_card(folder, trained, kind, dtype, deviation, texts)
+            write_card(folder, trained, texts, kind=kind, dtype=dtype, deviation=deviation)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None
     return len(trained.scaling), deviation

@@ -54,6 +54,7 @@ def lora_header(
     config: Mapping[str, Any],
     epoch: int,
     date: datetime | None = None,
+    *,
     title: str | None = None,
     license_name: str | None = None,
     author: str | None = None,

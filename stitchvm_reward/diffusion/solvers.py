@@ -31,7 +31,7 @@ def dpm2_step(
 
 
 def sde_step(
-    latents: Tensor, clean: Tensor, noise: Tensor, sigma: float, following: float, stochasticity: float = 1.0
+    latents: Tensor, clean: Tensor, noise: Tensor, sigma: float, following: float, *, stochasticity: float = 1.0
 ) -> Tensor:
     """One stochastic step from t = `sigma` to s = `following` < t, exact for a constant z_0 = `clean`.
 

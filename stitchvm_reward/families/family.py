@@ -172,6 +172,8 @@ class Family(ABC):
     transformer: Any
     autoencoder: Any = AutoencoderKL
     text_parts: tuple[str, ...]
+    condition_names: tuple[str, ...]
+    """Names of the tensors that the network reads of a prompt."""
     text_length: int
     """Text tokens that the family's pipeline reads by default."""
     guidance: float | None = None

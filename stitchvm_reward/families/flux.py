@@ -91,6 +91,7 @@ class Flux(Family):
     pipeline = FluxPipeline
     transformer = FluxTransformer2DModel
     text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    condition_names = ("tokens", "pooled")
     text_length = 512
     guidance = 3.5
     steering_guidance = 3.5

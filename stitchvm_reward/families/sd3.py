@@ -91,6 +91,7 @@ class StableDiffusion3(Family):
     pipeline = StableDiffusion3Pipeline
     transformer = SD3Transformer2DModel
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    condition_names = ("tokens", "pooled")
     text_length = 256
     steering_guidance = 4.5
     # Each also ends the name of a layer of Medium's second attention, attn2, when it is written with that prefix.

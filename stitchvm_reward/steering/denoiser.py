@@ -144,10 +144,10 @@ class Denoiser:
         sigma, following = self.sigmas[step], self.sigmas[step + 1]
         clean = denoised(latents, velocity, torch.tensor(sigma))
         if self.stochasticity == 0:
-            return sde_step(latents, clean, torch.zeros_like(latents), sigma, following, 0.0)
+            return sde_step(latents, clean, torch.zeros_like(latents), sigma, following, stochasticity=0.0)
         noise = self._noise(step + 1, len(latents) // len(self.prompts), proposals)
         latents, clean = (tensor.repeat_interleave(proposals, 0) for tensor in (latents, clean))
-        return sde_step(latents, clean, noise, sigma, following, self.stochasticity)
+        return sde_step(latents, clean, noise, sigma, following, stochasticity=self.stochasticity)
 
     def _noise(self, step: int, particles: int, proposals: int) -> Tensor:
         drawn = [

@@ -113,7 +113,9 @@ class MonteCarloValue(TweedieValue):
                 if place:
                     velocity = denoiser.guided(current, sigma, rows, count, Known())
                 clean = denoised(current, velocity, torch.tensor(sigma))
-                current = sde_step(current, clean, noise[:, place], sigma, following, denoiser.stochasticity)
+                current = sde_step(
+                    current, clean, noise[:, place], sigma, following, stochasticity=denoiser.stochasticity
+                )
             rewards.append(self.judge(denoiser, current, rows, count))
         return torch.stack(rewards).mean(0), Known(velocity=first)
 

@@ -171,8 +171,8 @@ class StitchedValueModel:
             network.load_state_dict({n: t.float() for n, t in _section(tensors, "network").items()}, assign=True)
             null = Conditions(_section(tensors, "null")).to(device, backbone.dtype)
             head = {name: tensor.float() for name, tensor in _section(tensors, "head").items()}
-            if not null.tensors:
-                raise KeyError("null.*")
+            for name in backbone.family.condition_names:
+                null[name]  # raises KeyError where it is missing
             readout = _readout(config, head, device)
         except (OSError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder} is damaged: {str(error).splitlines()[0]}") from None

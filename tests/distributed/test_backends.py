@@ -9,6 +9,8 @@ import pytest
 from tests.distributed.launching import BACKENDS, EVEN, furthest, loss_apart, run_all, samples, weights
 from tests.tiny import STOPPED
 
+pytestmark = pytest.mark.slow
+
 CLOSE = 1e-5
 # Nine samples in three micro batches, two optimizer steps an epoch, groups that stop at different steps, audits.
 UNEVEN = (

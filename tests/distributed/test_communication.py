@@ -11,6 +11,8 @@ from nft.config import load_recipe
 from tests.distributed.launching import start
 from tests.tiny import RECIPE, STOPPED
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("counting.py")
 HOW = {"allreduce_": "reduce", "allgather_": "gather"}
 # Nine samples in five micro batches, the last one short, in two optimizer steps; five held-out pictures.

@@ -9,6 +9,8 @@ import pytest
 from tests.distributed.launching import EVEN, WORKER, furthest, loss_apart, run_all, samples, start, weights
 from tests.tiny import DRAFT, RECIPE, STOPPED
 
+pytestmark = pytest.mark.slow
+
 CLOSE = 1e-5
 BACKENDS = ("ddp", "zero2", "zero3")
 FULL = (*EVEN, *DRAFT, "epochs=3", "train.draft_steps=2", "train.gradient_checkpointing=true")

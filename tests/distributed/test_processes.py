@@ -14,6 +14,8 @@ from stitchvm_reward.runs.launcher import make_accelerator
 from tests.distributed.launching import WORKER, furthest, start
 from tests.tiny import RECIPE, STOPPED
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 3
 CLOSE = 1e-5
 # A fifteenth of one step: Adam divides a gradient by its own size, so where that is nearly zero rounding shows.

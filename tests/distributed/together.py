@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-import nft.update
 from nft.config import load_recipe
+from nft.objectives.nft import NFT
 from nft.trainer import Trainer
 from stitchvm_reward.command import run_command
 from stitchvm_reward.diffusion.prompt_cache import PromptCache
@@ -23,20 +23,20 @@ from stitchvm_reward.runs.rank_sync import RankSync, Stopped
 from stitchvm_reward.runs.launcher import shutdown, make_accelerator
 from stitchvm_reward.runs.tracking import Timings
 
-PHASE, LOSS = Timings.phase, nft.update.rollout_loss
+PHASE, LOSS = Timings.phase, NFT.loss
 RECIPE = "recipes/shapes/aesthetic.yaml"
 
 
 def send_signal(phase: str, at: int) -> None:
     entered = []
 
-    def watchdog(self, name):
+    def interrupted(self, name):
         entered.append(name)
         if name == phase and entered.count(phase) == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return PHASE(self, name)
 
-    Timings.phase = watchdog
+    Timings.phase = interrupted
 
 
 def go_wrong(kind: str, trainer: Trainer) -> None:
@@ -60,7 +60,7 @@ def go_wrong(kind: str, trainer: Trainer) -> None:
         return (found if len(calls) < 3 else found * torch.nan), parts
 
     if kind == "gradient_nan":
-        nft.update.rollout_loss = loss
+        NFT.loss = loss
     else:
         trainer.held_out.scorer.score = fault(trainer.held_out.scorer.score)
 

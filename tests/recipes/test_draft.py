@@ -78,14 +78,14 @@ def test_a_signal_after_the_step_of_an_epoch_begins_that_epoch_again(train, make
     settings = (*DRAFT, *STOPPED, "train.learning_rate=1e-3", "epochs=2")
     train(tmp_path / "straight", *settings)
     trainer = make_trainer(tmp_path / "run", *settings)
-    update = trainer.update
+    learn = trainer.objective.learn
 
-    def interrupted(epoch, rollouts):
-        found = update(epoch, rollouts)
-        trainer.ranks.asked = epoch == 1  # heard at the next meeting, which is the audit's
-        return found
+    def interrupted(rollouts, epoch):
+        learned = learn(rollouts, epoch)
+        trainer.ranks.asked = epoch == 1  # noticed at the next sync, which is the audit's
+        return learned
 
-    trainer.update = interrupted
+    trainer.objective.learn = interrupted
     assert not trainer.train() and trainer.learner.step == 2
     assert trainer.saved == 1
     train(tmp_path / "run", *settings)
@@ -102,7 +102,7 @@ def test_a_users_differentiable_reward_is_raised(user, train, rows, tmp_path):
 @pytest.mark.parametrize(
     "name, told",
     [
-        ("counted", "reward counted has no gradient with respect to the image: take train.objective=nft"),
+        ("counted", "reward counted has no gradient with respect to the image: use train.objective=nft"),
         ("outside", "draft_rewards:outside raised RuntimeError: Can't call numpy()"),
     ],
 )

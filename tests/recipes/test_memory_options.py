@@ -100,8 +100,8 @@ def test_a_missing_8_bit_library_is_told_before_anything_is_loaded(overrides, tm
 def test_the_autoencoder_decodes_in_bfloat16_nearly_as_in_float32(make_trainer, straight, tmp_path):
     trainer = make_trainer(tmp_path / "run", "model.vae_dtype=bfloat16")
     assert trainer.learner.generator.vae.dtype == torch.bfloat16
-    latents = torch.randn(2, *straight.generator.latent_shape, generator=torch.Generator().manual_seed(0))
-    images, exact = trainer.learner.generator.decode(latents), straight.generator.decode(latents)
+    latents = torch.randn(2, *straight.learner.generator.latent_shape, generator=torch.Generator().manual_seed(0))
+    images, exact = trainer.learner.generator.decode(latents), straight.learner.generator.decode(latents)
     assert images.dtype == torch.float32
     assert 0 < (images - exact).abs().mean() < 0.02
 
@@ -111,11 +111,11 @@ def test_training_goes_on_from_a_lora_file(make_trainer, straight, tmp_path):
     trainer = make_trainer(tmp_path / "run", f"lora.start={file}")
     for adapter in ("current", "old", "ema"):
         found = trainer.learner.policy.tensors(adapter)
-        for key, matrix in straight.policy.tensors("ema").items():
+        for key, matrix in straight.learner.policy.tensors("ema").items():
             torch.testing.assert_close(found[key], matrix)
     assert trainer.learner.policy.old_is_current
     indices = [0, 1]
-    torch.testing.assert_close(trainer.held_out.images("ema", indices), straight.images("ema", indices), atol=1e-5, rtol=0)
+    torch.testing.assert_close(trainer.held_out.images("ema", indices), straight.held_out.images("ema", indices), atol=1e-5, rtol=0)
     assert (trainer.held_out.images("ema", indices) - trainer.held_out.images(None, indices)).abs().max() > 1e-4
 
 
@@ -123,7 +123,7 @@ def test_training_goes_on_from_a_lora_file(make_trainer, straight, tmp_path):
     ("more", "told"),
     [
         (("lora.rank=8",), "set lora.rank to the file's"),
-        (("lora.targets=[attn.to_q]",), "set lora.targets to the layers that the file has"),
+        (("lora.targets=[attn.to_q]",), "set lora.targets to the layers of the file"),
     ],
 )
 def test_a_lora_file_of_another_shape_is_refused(make_trainer, straight, tmp_path, more, told):

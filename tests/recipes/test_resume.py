@@ -105,7 +105,7 @@ def test_a_checkpoint_of_another_version_is_refused(half, make_trainer):
     tensors, state = checkpoint.load(folder)
     state.pop("pending")
     checkpoint.save(half / "checkpoints", 3, tensors, state, CheckpointRecipe(keep=9))
-    with pytest.raises(InputError, match=r"another version of this code \(see pending\)"):
+    with pytest.raises(InputError, match=r"another version of this code \(it differs in pending\)"):
         make_trainer(half, f"epochs={EPOCHS}", *SETTINGS)
 
 

@@ -11,7 +11,6 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import nft.trainer
 from nft.config import load_recipe
 from stitchvm_reward.errors import InputError
 
@@ -138,20 +137,20 @@ def test_the_lora_file_gives_diffusers_the_averaged_adapter_at_full_strength(fin
 
 
 def test_old_is_frozen_within_an_epoch_and_current_differs_from_it_from_the_second_step_on(
-    make_trainer, tmp_path, monkeypatch
+    make_trainer, tmp_path
 ):
     trainer = make_trainer(tmp_path / "run", "epochs=2", "train.updates_per_epoch=2")
     deviations, olds, currents = [], [], []
-    step = nft.trainer.optimizer_step
+    step = trainer.learner._optimizer_step
 
-    def watchdog(*arguments):
+    def recorded(*arguments):
         terms = step(*arguments)
         deviations.append(float(terms[2]))
         for seen, name in ((olds, "old"), (currents, "current")):
             seen.append(torch.cat([tensor.detach().flatten() for tensor in trainer.learner.policy.tensors(name).values()]))
         return terms
 
-    monkeypatch.setattr(nft.trainer, "optimizer_step", watchdog)
+    trainer.learner._optimizer_step = recorded
     trainer.train()
     assert len(deviations) == 4
     assert deviations[0] == 0 and min(deviations[1:]) > 0

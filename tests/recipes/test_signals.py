@@ -41,13 +41,13 @@ def signalled(monkeypatch, phase: str, number: int, at: int) -> None:
     """Send this process a signal as it enters a phase for the `at`-th time."""
     entered, original = [], Timings.phase
 
-    def watchdog(self, name):
+    def interrupted(self, name):
         entered.append(name)
         if entered.count(phase) == at and name == phase:
             os.kill(os.getpid(), number)
         return original(self, name)
 
-    monkeypatch.setattr(Timings, "phase", watchdog)
+    monkeypatch.setattr(Timings, "phase", interrupted)
 
 
 def run(overrides, out, settings) -> bool:
@@ -62,13 +62,13 @@ def run(overrides, out, settings) -> bool:
     ("kind", "phase", "at", "kept"),
     [
         ("full", "rollout", 3, 1),
-        ("full", "decode", 4, 1),
-        ("full", "score", 5, 2),
+        pytest.param("full", "decode", 4, 1, marks=pytest.mark.slow),
+        pytest.param("full", "score", 5, 2, marks=pytest.mark.slow),
         ("full", "train", 2, 1),
-        ("full", "evaluate", 1, 0),
+        pytest.param("full", "evaluate", 1, 0, marks=pytest.mark.slow),
         ("full", "evaluate", 2, 2),
-        ("full", "save", 1, 3),
-        ("stopped", "audit", 2, 1),
+        pytest.param("full", "save", 1, 3, marks=pytest.mark.slow),
+        pytest.param("stopped", "audit", 2, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_in_any_phase_leaves_one_checkpoint_that_goes_on_as_if_nothing_had_been(
@@ -123,7 +123,7 @@ def test_the_command_ends_with_0_on_the_first_signal_and_at_once_on_the_second(o
 
     once, twice = start(1), start(2)
     assert once.returncode == 0, once.stderr
-    assert "stopped by a signal after epoch 0 of 4; run it again to go on" in once.stdout and "done:" not in once.stdout
+    assert "stopped by a signal after epoch 0 of 4; run again to continue" in once.stdout and "done:" not in once.stdout
     assert (tmp_path / "run-1/checkpoints/epoch-000000/manifest.json").exists()
     assert twice.returncode == 128 + signal.SIGTERM
     assert not (tmp_path / "run-2/checkpoints").exists()

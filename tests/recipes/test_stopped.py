@@ -94,7 +94,7 @@ def test_a_value_model_whose_backbone_reads_prompts_scores_by_them(make_trainer,
     assert torch.equal(rollout.rewards["total"], found[0])
     assert not torch.equal(found[0], found[1])
     recipe = load_recipe(RECIPE, overrides(tmp_path / "other", *stopped(folder), "model.text_length=20"))
-    with pytest.raises(InputError, match=r"reads prompts of 13 T5 tokens, model\.text_length is 20"):
+    with pytest.raises(InputError, match=r"reads prompts of 13 tokens, model\.text_length is 20"):
         check_recipe(recipe)
 
 

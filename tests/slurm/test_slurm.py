@@ -10,7 +10,7 @@ import pytest
 
 from tests.slurm.cluster import ask, cluster, missing, wait_for
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=f"{missing()}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=f"{missing()}")]
 SCRIPT, RECIPE, EPOCHS = "launch/slurm/nft.sbatch", "recipes/shapes/aesthetic.yaml", 6
 REWARD = "rewards=[{kind: function, function: tests.slurm.slow:score}]"
 SETTINGS = (f"epochs={EPOCHS}", REWARD)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from stitchvm_reward.diffusion.architectures import CLIPS, clip_configuration, configurations, text_configurations
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.families import architecture_of
+from stitchvm_reward.rewards.architectures import CLIPS, clip_configuration
 from stitchvm_reward.stitching.config import load_stitch_recipe
 
 # Parameters, blocks, patches a side, activation.
@@ -64,19 +65,21 @@ def test_a_folders_own_configuration_is_read(tmp_path):
     assert found["projection_dim"] == 128 and found["text_config"]["vocab_size"] == 203
     for content in ("{}", "not json", json.dumps({"vision_config": {}, "projection_dim": 8}), "[]"):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(InputError, match="is no CLIP model folder"):
+        with pytest.raises(InputError, match="is not a CLIP model folder"):
             clip_configuration(str(tmp_path))
-    with pytest.raises(InputError, match="the shape of somebody/clip is not known here"):
+    with pytest.raises(InputError, match="the shapes of somebody/clip are not known"):
         clip_configuration("somebody/clip")
 
 
 def test_a_folder_that_lacks_a_part_is_told(tmp_path):
     shutil.copytree("miniature/weights/sd3", tmp_path / "sd3", ignore=shutil.ignore_patterns("*.safetensors"))
-    first, second, third = text_configurations(str(tmp_path / "sd3"))
+    first, second, third = architecture_of(str(tmp_path / "sd3")).text_encoders
     assert first["projection_dim"] + second["projection_dim"] == 256 and third["d_model"] == 192
-    for part, read in (("text_encoder_3", text_configurations), ("vae", configurations)):
+    for part in ("text_encoder_3", "vae"):
         config = tmp_path / "sd3" / part / "config.json"
+        whole = config.read_text()
         for spoil in (lambda config: config.write_text("{"), lambda config: config.unlink()):
             spoil(config)
-            with pytest.raises(InputError, match="is no Stable Diffusion 3 pipeline folder"):
-                read(str(tmp_path / "sd3"))
+            with pytest.raises(InputError, match="is not a complete Stable Diffusion 3 pipeline folder"):
+                architecture_of(str(tmp_path / "sd3"))
+        config.write_text(whole)

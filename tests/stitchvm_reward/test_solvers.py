@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from stitchvm_reward.diffusion.solvers import dpm2_step, euler_step, sde_step, sigma_schedule, solve
+from stitchvm_reward.diffusion.solvers import dpm2_step, euler_step, sde_step, solve
+from stitchvm_reward.families.sd3 import static_levels
 
 TEN = "1 .960129 .913349 .857692 .790368 .707278 .602151 .464876 .278049 .008929 0"
 TWENTY_FIVE = (
@@ -12,6 +13,7 @@ TWENTY_FIVE = (
     ".683374 .644686 .602151 .555163 .502985 .444708 .379195 .305009 .220307 .12268 .008929 0"
 )
 DATA_STD = 0.5
+SHIFT = 3.0
 
 
 def gaussian_velocity(latents, t):
@@ -21,7 +23,7 @@ def gaussian_velocity(latents, t):
 
 @pytest.mark.parametrize("steps, expected", [(10, TEN), (25, TWENTY_FIVE)])
 def test_schedule_has_the_known_levels(steps, expected):
-    assert sigma_schedule(steps) == pytest.approx([float(level) for level in expected.split()], abs=1e-6)
+    assert static_levels(steps, SHIFT) == pytest.approx([float(level) for level in expected.split()], abs=1e-6)
 
 
 @pytest.mark.parametrize("shift", [3.0, 1.0, 2.5])
@@ -29,7 +31,7 @@ def test_schedule_has_the_known_levels(steps, expected):
 def test_schedule_equals_that_of_diffusers(steps, shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(steps)
-    assert sigma_schedule(steps, shift) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+    assert static_levels(steps, shift) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -37,13 +39,13 @@ def test_schedule_equals_that_of_diffusers(steps, shift):
 )
 def test_spread_on_gaussian_data_is_as_known(solver, steps, expected):
     # The flow is linear in the latent, so one start at 1 gives the output's standard deviation.
-    reached = solve(gaussian_velocity, torch.ones(1), sigma_schedule(steps), solver)
+    reached = solve(gaussian_velocity, torch.ones(1), static_levels(steps, SHIFT), solver)
     assert reached.item() / DATA_STD == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpm2"])
 def test_many_steps_reach_the_true_spread(solver):
-    reached = solve(gaussian_velocity, torch.ones(1), sigma_schedule(1000), solver)
+    reached = solve(gaussian_velocity, torch.ones(1), static_levels(1000, SHIFT), solver)
     assert reached.item() / DATA_STD == pytest.approx(1, abs=0.02)
 
 
@@ -63,7 +65,7 @@ def test_dpm2_is_first_order_onto_level_zero_and_after_level_one():
 
 @pytest.mark.parametrize("solver", ["euler", "dpm2"])
 def test_stop_gives_the_latent_at_its_level(solver):
-    sigmas, noise, drift = sigma_schedule(25), torch.tensor([0.3, -1.0]), torch.tensor([2.0, 0.5])
+    sigmas, noise, drift = static_levels(25, SHIFT), torch.tensor([0.3, -1.0]), torch.tensor([2.0, 0.5])
     for stop in (0, 1, 12, 17, 25):
         stopped = solve(lambda *_: drift, noise, sigmas, solver, stop)
         torch.testing.assert_close(stopped, noise + (sigmas[stop] - 1) * drift)
@@ -77,20 +79,20 @@ def test_stop_runs_the_network_that_many_times(solver):
         asked.append(sigma)
         return gaussian_velocity(latents, sigma)
 
-    sigmas = sigma_schedule(10)
+    sigmas = static_levels(10, SHIFT)
     stopped = solve(velocity, torch.ones(3), sigmas, solver, stop=6)
     assert asked == sigmas[:6] and torch.equal(stopped, solve(velocity, torch.ones(3), sigmas[:7], solver))
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpm2"])
 def test_state_is_float32_whatever_the_network_gives(solver):
-    reached = solve(lambda z, t: gaussian_velocity(z, t).bfloat16(), torch.ones(1).half(), sigma_schedule(4), solver)
+    reached = solve(lambda z, t: gaussian_velocity(z, t).bfloat16(), torch.ones(1).half(), static_levels(4, SHIFT), solver)
     assert reached.dtype == torch.float32
 
 
 def test_unknown_solver_is_refused():
     with pytest.raises(ValueError, match=r"euler, dpm2.*'heun'"):
-        solve(gaussian_velocity, torch.ones(1), sigma_schedule(4), "heun")
+        solve(gaussian_velocity, torch.ones(1), static_levels(4, SHIFT), "heun")
 
 
 def test_a_draw_from_the_posterior_keeps_the_marginals_and_ends_at_the_clean_latent():
@@ -99,18 +101,18 @@ def test_a_draw_from_the_posterior_keeps_the_marginals_and_ends_at_the_clean_lat
     first, second, third = (torch.randn(clean.shape, generator=random, dtype=torch.float64) for _ in range(3))
     noisy = 0.2 * clean + 0.8 * first
     for stochasticity, kept in ((0.0, 0.3), (1.0, 0.3 * (0.3 * 0.2 / (0.8 * 0.7))), (2.0, 0.3 * (0.06 / 0.56) ** 2)):
-        stepped = sde_step(noisy, clean, second, 0.8, 0.3, stochasticity)
+        stepped = sde_step(noisy, clean, second, 0.8, 0.3, stochasticity=stochasticity)
         left = stepped - 0.7 * clean  # what is not the clean latent must be noise of level .3, and independent of it
         assert float(left.std()) == pytest.approx(0.3, rel=0.01) and abs(float((left * clean).mean())) < 0.003
         assert float((left * first).mean()) == pytest.approx(kept, abs=0.003)  # so much of the noise is the old one
-        torch.testing.assert_close(sde_step(stepped, clean, third, 0.3, 0.0, stochasticity), clean)
-        assert sde_step(first, clean, second, 1.0, 0.9, stochasticity).isfinite().all()
+        torch.testing.assert_close(sde_step(stepped, clean, third, 0.3, 0.0, stochasticity=stochasticity), clean)
+        assert sde_step(first, clean, second, 1.0, 0.9, stochasticity=stochasticity).isfinite().all()
 
 
 def test_a_step_of_no_stochasticity_is_eulers():
     latents, velocity, noise = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).unbind()
     for sigma, following in ((1.0, 0.7), (0.6, 0.2), (0.3, 0.0)):
-        stepped = sde_step(latents, latents - sigma * velocity, noise, sigma, following, 0.0)
+        stepped = sde_step(latents, latents - sigma * velocity, noise, sigma, following, stochasticity=0.0)
         torch.testing.assert_close(stepped, euler_step(latents, velocity, sigma, following), atol=1e-5, rtol=1e-5)
 
 

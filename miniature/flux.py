@@ -25,6 +25,7 @@ from miniature.assemble import WEIGHTS
 from miniature.generator import draw_noised, encode_pool, verdict
 from miniature.smaller import FIRST, embed
 from miniature.training import train
+from stitchvm_reward.families.flux import image_positions, pack
 
 FOLDER = WEIGHTS / "flux"
 DOUBLE, SINGLE = 3, 5  # blocks of each kind
@@ -82,17 +83,11 @@ def start_from(network: FluxTransformer2DModel, teacher: SD3Transformer2DModel) 
     network.proj_out.bias.copy_(teacher.proj_out.bias[order])
 
 
-def pack(latents: Tensor) -> Tensor:
-    """Latents (batch, 16, h, w) as FLUX's tokens (batch, h / 2 * w / 2, 64)."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
-
-
 def velocity(
     network: FluxTransformer2DModel, noised: Tensor, sigma: Tensor, tokens: Tensor, pooled: Tensor, guidance: Tensor
 ) -> Tensor:
     """Packed velocity (batch, patches, 64) of latents (batch, 16, h, w) at levels `sigma`, (batch,)."""
-    rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
-    places = torch.stack([torch.zeros(SIDE, SIDE), rows, columns], -1).flatten(0, 1)
+    places = image_positions((SIDE, SIDE), noised.device)
     return network(
         pack(noised), tokens, pooled, sigma, places, torch.zeros(tokens.shape[1], 3), guidance, return_dict=False
     )[0]

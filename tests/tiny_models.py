@@ -113,9 +113,7 @@ def tiny_sd3(folder: Path) -> Path:
         qk_norm="rms_norm",
     )
     t5_model = T5EncoderModel(
-        T5Config(
-            vocab_size=len(t5), d_model=2 * WIDTH, d_kv=8, d_ff=64, num_layers=1, num_heads=2, dropout_rate=0
-        )
+        T5Config(vocab_size=len(t5), d_model=2 * WIDTH, d_kv=8, d_ff=64, num_layers=1, num_heads=2, dropout_rate=0)
     )
     StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),

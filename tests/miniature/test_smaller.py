@@ -7,9 +7,12 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from miniature import smaller, wording
-from stitchvm_reward.diffusion.generator import TEXT_PARTS, Generator, fingerprint
+from stitchvm_reward.diffusion.generator import Generator
+from stitchvm_reward.diffusion.prompt_cache import fingerprint
+from stitchvm_reward.diffusion.recipe import ModelRecipe
+from stitchvm_reward.families import SD3
 
-SHARED = ("vae", *TEXT_PARTS, "scheduler")
+SHARED = ("vae", *SD3.text_parts, "scheduler")
 CPU = torch.device("cpu")
 
 
@@ -31,7 +34,7 @@ def test_it_shares_every_part_with_the_first_but_the_transformer(part):
 
 
 def test_prompt_embeddings_of_the_first_are_found_for_it():
-    assert fingerprint(smaller.SMALLER) == fingerprint(smaller.FIRST)
+    assert fingerprint(smaller.SMALLER, SD3.text_parts) == fingerprint(smaller.FIRST, SD3.text_parts)
 
 
 def test_it_has_fewer_blocks_and_the_same_inputs_and_outputs(pipeline):
@@ -57,7 +60,7 @@ def test_it_makes_pictures(pipeline):
 
 
 def test_the_package_loads_it(pipeline):
-    generator = Generator.load(str(smaller.SMALLER), torch.float32, CPU, 64)
+    generator = Generator.load(ModelRecipe(str(smaller.SMALLER), "float32", 64, wording.LENGTH), CPU)
     assert len(generator.transformer.transformer_blocks) == len(pipeline.transformer.transformer_blocks)
     assert generator.latent_shape == (16, 8, 8)
 

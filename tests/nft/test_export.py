@@ -122,9 +122,13 @@ def test_an_export_without_its_scale_does_not_verify_and_leaves_no_file(kind, tr
     unscaled = dict.fromkeys(trained.scaling, 1.0)  # it is 2
     true_tensors, true_config = nft.export.lora.lora_tensors, nft.export.files.LoraConfig
     if kind == "comfyui":
-        monkeypatch.setattr(nft.export.lora, "lora_tensors", lambda matrices, scaling, dtype: true_tensors(matrices, unscaled))
+        monkeypatch.setattr(
+            nft.export.lora, "lora_tensors", lambda matrices, scaling, dtype: true_tensors(matrices, unscaled)
+        )
     elif kind == "peft":
-        monkeypatch.setattr(nft.export.files, "LoraConfig", lambda **given: true_config(**given | {"lora_alpha": given["r"]}))
+        monkeypatch.setattr(
+            nft.export.files, "LoraConfig", lambda **given: true_config(**given | {"lora_alpha": given["r"]})
+        )
     else:
         trained = replace(trained, scaling=unscaled)
     with pytest.raises(InputError, match=r"export is wrong and was removed: .* the delta of .* is off by"):
@@ -360,7 +364,9 @@ def test_push_makes_a_private_repository_unless_told_and_uploads_the_folder(
     calls = []
     monkeypatch.setattr(nft.export.card, "get_token", lambda: "token")
     monkeypatch.setattr(
-        nft.export.card.HfApi, "create_repo", lambda self, name, **given: calls.append((name, given)) or f"https://hub/{name}"
+        nft.export.card.HfApi,
+        "create_repo",
+        lambda self, name, **given: calls.append((name, given)) or f"https://hub/{name}",
     )
     monkeypatch.setattr(
         nft.export.card.HfApi,

@@ -115,7 +115,9 @@ def test_training_goes_on_from_a_lora_file(make_trainer, straight, tmp_path):
             torch.testing.assert_close(found[key], matrix)
     assert trainer.learner.policy.old_is_current
     indices = [0, 1]
-    torch.testing.assert_close(trainer.held_out.images("ema", indices), straight.held_out.images("ema", indices), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        trainer.held_out.images("ema", indices), straight.held_out.images("ema", indices), atol=1e-5, rtol=0
+    )
     assert (trainer.held_out.images("ema", indices) - trainer.held_out.images(None, indices)).abs().max() > 1e-4
 
 

@@ -136,9 +136,7 @@ def test_the_lora_file_gives_diffusers_the_averaged_adapter_at_full_strength(fin
     assert to_current > 10 * error, "the file must hold the average, not the trained weights"
 
 
-def test_old_is_frozen_within_an_epoch_and_current_differs_from_it_from_the_second_step_on(
-    make_trainer, tmp_path
-):
+def test_old_is_frozen_within_an_epoch_and_current_differs_from_it_from_the_second_step_on(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path / "run", "epochs=2", "train.updates_per_epoch=2")
     deviations, olds, currents = [], [], []
     step = trainer.learner._optimizer_step
@@ -147,7 +145,9 @@ def test_old_is_frozen_within_an_epoch_and_current_differs_from_it_from_the_seco
         terms = step(*arguments)
         deviations.append(float(terms[2]))
         for seen, name in ((olds, "old"), (currents, "current")):
-            seen.append(torch.cat([tensor.detach().flatten() for tensor in trainer.learner.policy.tensors(name).values()]))
+            seen.append(
+                torch.cat([tensor.detach().flatten() for tensor in trainer.learner.policy.tensors(name).values()])
+            )
         return terms
 
     trainer.learner._optimizer_step = recorded

@@ -240,7 +240,10 @@ def swapped(name, tensor):
         (swapped("visual.positional_embedding", torch.ones(12, 192)), "one more than a square of positions, got 12"),
         (swapped("visual.positional_embedding", torch.ones(0, 192)), "one more than a square of positions, got 0"),
         (swapped("visual.conv1.weight", torch.ones(192, 3, 8)), "visual.conv1.weight must have 4 dimensions"),
-        (swapped("visual.conv1.weight", torch.ones(100, 3, 8, 8)), "must be a multiple of 64, its heads' width, got 100"),
+        (
+            swapped("visual.conv1.weight", torch.ones(100, 3, 8, 8)),
+            "must be a multiple of 64, its heads' width, got 100",
+        ),
         (swapped("visual.conv1.weight", "text"), "visual.conv1.weight is a str"),
         (lambda s: [1, 2], "must hold named tensors, got a list"),
         (lambda s: {"model": s}, "model is a dict"),
@@ -272,7 +275,10 @@ def test_the_command_refuses_code_and_does_not_run_it(state, saved, tokenizer, t
     done = subprocess.run([*command, "--tokenizer", tokenizer], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and not sign.exists() and not (tmp_path / "out").exists()
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
-    assert "cannot be read as tensors, and code in it is never run" in done.stderr and "weights_only=False" not in done.stderr
+    assert (
+        "cannot be read as tensors, and code in it is never run" in done.stderr
+        and "weights_only=False" not in done.stderr
+    )
 
 
 @pytest.fixture
@@ -291,7 +297,9 @@ def refuses(monkeypatch, capsys):
 def test_a_file_that_holds_no_weights_is_refused(content, suffix, refuses, tokenizer, tmp_path):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
-    refuses(path, tmp_path / "out", "--tokenizer", tokenizer, told="cannot be read as tensors, and code in it is never run")
+    refuses(
+        path, tmp_path / "out", "--tokenizer", tokenizer, told="cannot be read as tensors, and code in it is never run"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -309,7 +317,10 @@ def test_the_command_says_what_it_wrote(state, saved, tokenizer, tmp_path, monke
     out = tmp_path / "deep" / "out"
     monkeypatch.setattr(sys, "argv", ["open_clip", str(saved(state)), str(out), "--tokenizer", tokenizer])
     assert main() == 0
-    assert "vision 2 blocks of width 192, 32 px in patches of 8; text 3 blocks of width 128; gelu" in capsys.readouterr().out
+    assert (
+        "vision 2 blocks of width 192, 32 px in patches of 8; text 3 blocks of width 128; gelu"
+        in capsys.readouterr().out
+    )
     assert {path.name for path in out.iterdir()} == {
         "config.json",
         "model.safetensors",

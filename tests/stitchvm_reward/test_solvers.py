@@ -86,7 +86,9 @@ def test_stop_runs_the_network_that_many_times(solver):
 
 @pytest.mark.parametrize("solver", ["euler", "dpm2"])
 def test_state_is_float32_whatever_the_network_gives(solver):
-    reached = solve(lambda z, t: gaussian_velocity(z, t).bfloat16(), torch.ones(1).half(), static_levels(4, SHIFT), solver)
+    reached = solve(
+        lambda z, t: gaussian_velocity(z, t).bfloat16(), torch.ones(1).half(), static_levels(4, SHIFT), solver
+    )
     assert reached.dtype == torch.float32
 
 

@@ -213,7 +213,9 @@ def test_published_shapes_have_the_published_numbers_of_parameters(model, family
 
 def test_a_folder_of_another_family_is_refused_with_the_supported_ones(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"}))
-    with pytest.raises(InputError, match=r"PixArtSigmaPipeline; supported are Stable Diffusion 3 and 3\.5, and FLUX\.1"):
+    with pytest.raises(
+        InputError, match=r"PixArtSigmaPipeline; supported are Stable Diffusion 3 and 3\.5, and FLUX\.1"
+    ):
         family_of(str(tmp_path))
     with pytest.raises(InputError, match=r"model_index\.json is missing or damaged"):
         family_of(str(tmp_path / ".."))

@@ -10,10 +10,9 @@ from tqdm import tqdm
 from nft.geometry import Geometry
 from nft.learner import Learner
 from nft.prompts import epoch_prompts
-from nft.rollout import Rollout, RolloutRecipe, rollout_stops, sample
+from nft.rollout import Rollout, RolloutRecipe, plan_rollout, roll_out, rollout_stops
 from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.diffusion.prompt_cache import PromptCache
-from stitchvm_reward.runs import randomness
 from stitchvm_reward.runs.rank_sync import RankSync
 
 
@@ -69,30 +68,26 @@ class Collector:
                 with self.ranks.together():
                     if batch is not None:
                         rows = torch.tensor([distinct.index(p) for p in prompts[batch]], device=accelerator.device)
-                        empty = torch.zeros(0, device=accelerator.device)
-                        samples = geometry.members(batch)
-                        rollouts.append(self._run(Rollout(samples, prompts[batch], table, rows, empty, empty), epoch))
+                        planned = plan_rollout(geometry.members(batch), prompts[batch], table, rows)
+                        rollouts.append(self._run(planned, epoch))
                         bar.update()
                 if self.score is not None:
                     bar.set_postfix(_reward_so_far(rollouts), refresh=False)
         return rollouts
 
     def _run(self, planned: Rollout, epoch: int) -> Rollout:
-        """Sample a planned micro batch, each sample from the noise at its own address, and score it."""
-        stops = self.steps(epoch, planned.samples)
-        noise = randomness.noise(self.generator.latent_shape, self.seed, randomness.ROLLOUT, epoch, planned.samples)
+        """Sample and score a planned micro batch."""
         with self.ranks.timings.phase("rollout"), self.learner.policy.using("old"):
-            latents = sample(
+            rollout = roll_out(
                 self.generator,
                 self.learner.sampler,
-                planned.conditions,
-                noise,
+                planned,
                 self.sigmas,
+                seed=self.seed,
+                epoch=epoch,
                 solver=self.rollout.solver,
-                stops=stops,
+                stops=self.steps(epoch, planned.samples),
             )
-        tau = torch.tensor([self.sigmas[stop] for stop in stops], device=latents.device)
-        rollout = replace(planned, anchor=latents, tau=tau)
         if self.score is None:
             return rollout
         with torch.no_grad():

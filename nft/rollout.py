@@ -1,6 +1,6 @@
 """Rollouts: images (or stopped latents) sampled by the old policy, in micro batches."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,30 @@ def sample(
 
     stops = stops or [len(sigmas) - 1] * len(latents)
     return solve_each(velocity, latents.to(generator.device), sigmas, solver, stops)
+
+
+def roll_out(
+    generator: Generator,
+    network: nn.Module,
+    planned: Rollout,
+    sigmas: list[float],
+    *,
+    seed: int,
+    epoch: int,
+    solver: str,
+    stops: list[int],
+) -> Rollout:
+    """Return a planned micro batch with its latents: each sample from the noise at its own address down to its stop."""
+    noise = randomness.noise(generator.latent_shape, seed, randomness.ROLLOUT, epoch, planned.samples)
+    latents = sample(generator, network, planned.conditions, noise, sigmas, solver=solver, stops=stops)
+    tau = torch.tensor([sigmas[stop] for stop in stops], device=latents.device)
+    return replace(planned, anchor=latents, tau=tau)
+
+
+def plan_rollout(samples: list[int], prompts: list[int], table: Conditions, rows: Tensor) -> Rollout:
+    """Return a micro batch that has not been sampled yet."""
+    empty = torch.zeros(0, device=rows.device)
+    return Rollout(samples, prompts, table, rows, empty, empty)
 
 
 def continue_rollout(

@@ -3,6 +3,7 @@
 Import this before transformers and diffusers, which read their verbosity at import.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The libraries print advice at every import.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+# PEFT imports it wherever it is installed, and on a CPU it reports kernels that nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def available_device() -> "torch.device":

@@ -2,8 +2,7 @@
 
 import torch
 
-from nft.audit import Audit, audited
-from nft.config import AuditRecipe
+from nft.audit import Audit, AuditRecipe, audited
 
 
 def pairs(count: int, correlation: float, shift: float = 0.0, seed: int = 0):

@@ -1,6 +1,7 @@
 """A user's mistake ends with one line on stderr and exit code 2, before anything is written."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +12,21 @@ import yaml
 from nft import preflight
 from nft.config import load_recipe
 from nft.prompts import read_prompts
+from stitchvm_reward.families import SD3
 from stitchvm_reward.runs.recipe import dump
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+PARTS = ("transformer", "vae", "scheduler", *SD3.text_parts)
 
 
 @pytest.fixture
 def recipe(tmp_path):
     """A recipe without a fault, as a file in a folder of its own with all that it names."""
-    for part in PARTS:
-        (tmp_path / "model" / part).mkdir(parents=True)
-    (tmp_path / "model" / "model_index.json").write_text("{}")
+    model = ROOT / "miniature/weights/sd3"
+    for file in (model / "model_index.json", *model.glob("*/*config.json")):  # configurations without weights
+        copy = tmp_path / "model" / file.relative_to(model)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
     for name in ("train", "held_out"):
         (tmp_path / f"{name}.txt").write_text("a red circle on white\na blue square on black\n")
     content = {
@@ -86,7 +90,7 @@ def test_missing_model_folder_that_looks_like_a_hub_id(refuses):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_model_folder_that_lacks_a_part(refuses, tmp_path, part):
-    (tmp_path / "model" / part).rmdir()
+    shutil.rmtree(tmp_path / "model" / part)
     refuses(message=[f"lacks {part}"])
 
 

@@ -9,16 +9,11 @@ import torch
 from diffusers import SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from nft.cost.benchmark import encode_cost, measure
 from nft.config import load_recipe
-from stitchvm_reward.diffusion.architectures import (
-    TEXT_ENCODERS,
-    TEXT_PARAMETERS,
-    TRANSFORMERS,
-    text_configurations,
-)
+from nft.cost.benchmark import encode_cost, measure
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.stitching.benchmark import flop_counter
+from stitchvm_reward.families import SD3, architecture_of
+from stitchvm_reward.measure import flop_counter
 
 CPU = torch.device("cpu")
 SMALL = ("rollout.micro_batch=2", "lora.rank=4", "model.text_length=5")
@@ -36,7 +31,7 @@ def test_every_phase_of_full_rollouts_is_counted():
         "encode a prompt": 0,
         "rollout step": 10,
         "decode": 1,
-        "judge an image: aesthetic": 1,
+        "score an image: aesthetic": 1,
         "stitched score: aesthetic": 0,
         "training level": 1,
         "optimizer step": 1 / 64,
@@ -49,7 +44,7 @@ def test_every_phase_of_full_rollouts_is_counted():
 def test_stopped_rollouts_decode_nothing_and_take_the_steps_of_their_window():
     rows = by_phase("recipes/shapes/stopped.yaml")
     assert rows["rollout step"]["calls"] == 5 and rows["stitched score: aesthetic"]["calls"] == 1
-    assert rows["decode"]["calls"] == rows["judge an image: aesthetic"]["calls"] == 0
+    assert rows["decode"]["calls"] == rows["score an image: aesthetic"]["calls"] == 0
 
 
 def test_forwards_that_a_recipe_does_without_are_not_run():
@@ -73,8 +68,8 @@ def test_attention_on_a_cpu_is_counted_as_elsewhere():
 
 
 def test_published_text_encoders_have_their_published_sizes():
-    first, second, third = text_configurations("stabilityai/stable-diffusion-3.5-large")
-    assert (first, second, third) == TEXT_ENCODERS
+    architecture = architecture_of("stabilityai/stable-diffusion-3.5-large")
+    first, second, third = architecture.text_encoders
     with torch.device("meta"):
         made = [
             CLIPTextModelWithProjection(CLIPTextConfig(**first)),
@@ -85,15 +80,15 @@ def test_published_text_encoders_have_their_published_sizes():
         counter = flop_counter()
         with counter, torch.no_grad():
             made[2](torch.zeros(1, 256, dtype=torch.long))
-    assert counts == [123_650_304, 694_659_840, 4_762_310_656] and sum(counts) == TEXT_PARAMETERS
+    assert counts == [123_650_304, 694_659_840, 4_762_310_656] and sum(counts) == architecture.text_parameters
     assert counter.get_total_flops() / 1e12 == pytest.approx(2.40, rel=0.02)
 
 
-def test_both_published_transformers_are_known():
+def test_both_published_sd3_transformers_are_known():
     with torch.device("meta"):
         sizes = {
-            name: sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
-            for name, config in TRANSFORMERS.items()
+            name: sum(p.numel() for p in SD3Transformer2DModel.from_config(model.transformer).parameters())
+            for name, model in SD3.published.items()
         }
     assert sizes == {
         "stabilityai/stable-diffusion-3.5-medium": 2_243_171_520,
@@ -102,7 +97,7 @@ def test_both_published_transformers_are_known():
 
 
 def test_an_unknown_model_is_refused():
-    with pytest.raises(InputError, match="somebody/model"):
+    with pytest.raises(InputError, match="somebody/model is neither a local folder nor"):
         encode_cost(load_recipe("recipes/aesthetic_pixel.yaml", ["model.path=somebody/model"]), CPU, 1)
 
 
@@ -112,6 +107,6 @@ def test_the_command_writes_what_it_printed(tmp_path):
         [*command, "--repeats", "1", "--out", str(tmp_path / "found.json")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "images a second a process" in done.stdout and "training level" in done.stdout
+    assert "images per second per process" in done.stdout and "training level" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
     assert {"device", "torch", "commit", "recipe", "rows", "images_per_second"} <= found.keys()

@@ -7,6 +7,7 @@ import yaml
 
 from nft.config import load_recipe
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.families import FLUX, SD3
 from stitchvm_reward.runs.recipe import dump
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,8 @@ def refused(load, *message, content=MINIMAL, overrides=()):
 def test_a_minimal_recipe_gets_the_published_defaults(load):
     recipe = load()
     assert (recipe.rollout.groups, recipe.rollout.group_size, recipe.rollout.solver) == (48, 24, "euler")
-    assert (recipe.lora.rank, recipe.lora.alpha, len(recipe.lora.targets)) == (32, 64, 8)
+    assert (recipe.lora.rank, recipe.lora.alpha) == (32, 64)
+    assert recipe.lora.targets == [] and len(SD3.lora_targets) == len(FLUX.lora_targets) == 8  # the family's own
     assert recipe.rewards[0].kind == "clip" and recipe.rewards[0].weight == 1.0
 
 
@@ -148,7 +150,6 @@ def test_a_wrong_type_is_refused_by_key(load, override, key):
         "rollout.solver=heun",
         "lora.rank=0",
         "lora.alpha=0",
-        "lora.targets=[]",
         "train.updates_per_epoch=0",
         "train.updates_per_epoch=145",
         "train.levels=some",
@@ -187,7 +188,8 @@ def test_a_value_out_of_range_is_refused_with_its_key(load, override):
         ([], "at least one reward"),
         (
             [{"kind": "magic", "model": "x"}],
-            "rewards.kind must be one of aesthetic, clip, dfn_clip, hpsv2, pickscore, function, value",
+            "rewards.kind must be package.module:Class or one of aesthetic, clip, dfn_clip, hpsv2, pickscore, function, "
+            "value, got 'magic'",
         ),
         ([{"kind": "clip"}], "needs model"),
         ([{"kind": "pickscore"}], "a reward of kind pickscore needs model"),

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from nft.config import load_recipe
-from nft.geometry import geometry_of
-from nft.objective import draft_loss
-from nft.cost.plan import costs, memory, work, work_lines
-from nft.rollout import sample
-from nft.update import draft_rollout_loss
-from stitchvm_reward.diffusion.generator import Conditions
+from nft.cost.plan import memory, recipe_geometry, work, work_lines
+from nft.cost.shapes import costs
+from nft.objectives.draft import draft_loss
+from nft.rollout import rollout_stops, sample
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.runs import randomness
 from tests.tiny import DRAFT, STOPPED
 
@@ -25,10 +24,10 @@ CASES = {
 
 def moved(trainer):
     """The trainer with adapters that do something, and rollouts of that policy."""
-    generator = torch.Generator().manual_seed(0)
-    for tensor in trainer.policy.tensors("current").values():
+    policy, generator = trainer.learner.policy, torch.Generator().manual_seed(0)
+    for tensor in policy.tensors("current").values():
         tensor.data = tensor.data + 0.05 * torch.randn(tensor.shape, generator=generator)
-    trainer.policy.copy("current", "old")
+    policy.copy("current", "old")
     return trainer
 
 
@@ -40,7 +39,7 @@ def draft(make_trainer, tmp_path):
 def taken(trainer) -> dict[str, torch.Tensor]:
     """The matrices' gradients, which are cleared."""
     found = {}
-    for key, matrix in trainer.policy.tensors("current").items():
+    for key, matrix in trainer.learner.policy.tensors("current").items():
         found[key] = torch.zeros_like(matrix) if matrix.grad is None else matrix.grad.clone()
         matrix.grad = None
     return found
@@ -48,40 +47,46 @@ def taken(trainer) -> dict[str, torch.Tensor]:
 
 def gradient(trainer) -> dict[str, torch.Tensor]:
     """The gradient of the summed loss of the first epoch's samples."""
-    for rollout in trainer.collect(0):
-        draft_rollout_loss(trainer, rollout, 0)[0].backward()
+    for rollout in trainer.collector.collect(0):
+        trainer.objective.loss(rollout, 0)[0].backward()
     return taken(trainer)
+
+
+def stops_of(trainer, samples: list[int]) -> list[int]:
+    """After how many steps the rollouts of the first epoch end."""
+    return rollout_stops(trainer.recipe.rollout, trainer.recipe.seed, 0, samples)
 
 
 def by_hand(trainer) -> dict[str, torch.Tensor]:
     """The same, one sample at a time, with nothing of the trainer's but its networks."""
-    train, sigmas, generator = trainer.recipe.train, trainer.sigmas, trainer.generator
-    network, vae = generator.transformer, generator.vae
-    for rollout in trainer.collect(0):
+    train, generator, policy = trainer.recipe.train, trainer.learner.generator, trainer.learner.policy
+    network, vae, scorer = generator.transformer, generator.vae, trainer.auditor.scorer
+    sigmas = generator.sigmas(trainer.recipe.rollout.steps)
+    for rollout in trainer.collector.collect(0):
         for place, n in enumerate(rollout.samples):
             own: Conditions = rollout.conditions.select(torch.tensor([place]))
-            text = trainer.prompts[rollout.prompts[place]]
+            text = trainer.collector.prompts[rollout.prompts[place]]
             z = randomness.noise(generator.latent_shape, 0, randomness.ROLLOUT, 0, [n])
-            (stop,), distances = trainer.stops(0, [n]), []
+            (stop,), distances = stops_of(trainer, [n]), []
 
             def velocity(z, sigma, own=own):
                 t = torch.tensor([sigma * 1000], dtype=torch.float32)
-                return network(z, own.tokens, own.pooled, timestep=t, return_dict=False)[0]
+                return network(z, own["tokens"], own["pooled"], timestep=t, return_dict=False)[0]
 
             for step, (sigma, following) in enumerate(zip(sigmas[:stop], sigmas[1:])):
                 with torch.set_grad_enabled(step >= stop - train.draft_steps):
                     v = velocity(z, sigma)
                 if v.requires_grad:
-                    with torch.no_grad(), trainer.policy.using(None):
+                    with torch.no_grad(), policy.using(None):
                         reference = velocity(z, sigma)
                     distances.append((v - reference).square().mean())
                 z = z + (following - sigma) * v
             if trainer.recipe.rollout.stop_window:
-                with trainer.policy.using(None):
-                    reward = trainer.scorer.values["aesthetic"].score(z, sigmas[stop])[0]
+                with policy.using(None):
+                    reward = scorer.values["aesthetic"].score(z, sigmas[stop])[0]
             else:
                 images = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor).sample
-                reward = trainer.scorer.rewards["aesthetic"].score((images / 2 + 0.5).clamp(0, 1), [text])[0]
+                reward = scorer.rewards["aesthetic"].score((images / 2 + 0.5).clamp(0, 1), [text])[0]
             assert len(distances) == train.draft_steps
             (-reward + train.beta_kl * sum(distances) / len(distances)).backward()
     return taken(trainer)
@@ -100,7 +105,7 @@ def test_the_gradient_is_the_one_written_out(draft, case):
     found = gradient(trainer)
     assert apart(found, by_hand(trainer)) < 1e-4
     if case == "stopped":
-        assert sorted(set(trainer.stops(0, list(range(8))))) == [1, 2], "the case needs samples of different stops"
+        assert sorted(set(stops_of(trainer, list(range(8))))) == [1, 2], "the case needs samples of different stops"
 
 
 def test_more_steps_and_the_reference_have_gradients_of_their_own(draft):
@@ -114,9 +119,9 @@ def test_more_steps_and_the_reference_have_gradients_of_their_own(draft):
 def test_checkpointed_steps_give_the_same_gradient_and_keep_less(draft, more):
     def kept(trainer) -> int:
         sizes = []
-        rollout = trainer.collect(0)[0]
+        rollout = trainer.collector.collect(0)[0]
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
-            draft_rollout_loss(trainer, rollout, 0)
+            trainer.objective.loss(rollout, 0)
         return sum(sizes)
 
     steps = () if more else ("train.draft_steps=3",)
@@ -134,16 +139,18 @@ def test_a_micro_batch_size_changes_nothing(draft, more):
 @pytest.mark.parametrize("more", [("train.draft_steps=2",), (*STOPPED, *BOTH)])
 def test_the_last_steps_lead_where_the_sampler_leads_and_fill_in_the_rollout(draft, more):
     trainer = draft(*more)
-    (rollout, *_) = trainer.collect(0)
-    assert not rollout.rewards
-    stops = trainer.stops(0, rollout.samples)
-    noise = randomness.noise(trainer.generator.latent_shape, 0, randomness.ROLLOUT, 0, rollout.samples)
-    whole = sample(trainer.generator, trainer.network, rollout.conditions, noise, trainer.sigmas, "euler", stops)
-    loss, parts = draft_rollout_loss(trainer, rollout, 0)
+    learner, generator = trainer.learner, trainer.learner.generator
+    (begun, *_) = trainer.collector.collect(0)
+    assert not begun.rewards
+    stops, sigmas = stops_of(trainer, begun.samples), generator.sigmas(trainer.recipe.rollout.steps)
+    noise = randomness.noise(generator.latent_shape, 0, randomness.ROLLOUT, 0, begun.samples)
+    whole = sample(generator, learner.network, begun.conditions, noise, sigmas, stops=stops)
+    loss, parts = trainer.objective.loss(begun, 0)
+    rollout = trainer.objective.finished[begun.samples[0]]
     torch.testing.assert_close(rollout.anchor, whole, rtol=0, atol=1e-5)
-    assert rollout.tau.tolist() == pytest.approx([trainer.sigmas[stop] for stop in stops])
+    assert rollout.tau.tolist() == pytest.approx([sigmas[stop] for stop in stops])
     with torch.no_grad():
-        expected = trainer.score(rollout)
+        expected = trainer.objective.parts.score(rollout)
     for name, scores in rollout.rewards.items():
         torch.testing.assert_close(scores, expected[name])
         assert not scores.requires_grad
@@ -157,24 +164,23 @@ def test_the_loss_is_the_reward_less_the_weighed_distance_over_all_steps():
     velocities, references = torch.zeros(3, 2, 4, requires_grad=True), torch.ones(3, 2, 4, requires_grad=True)
     with torch.no_grad():
         velocities[2, 1] = 3.0
-    found = draft_loss(reward, velocities, references)
-    assert found.policy.tolist() == [-1, 2] and found.deviation.tolist() == [0, 0]
-    assert found.kl.tolist() == pytest.approx([1, (1 + 1 + 4) / 3])
-    (found.policy + 0.5 * found.kl).sum().backward()
+    policy, kl = draft_loss(reward, velocities, references)
+    assert policy.tolist() == [-1, 2]
+    assert kl.tolist() == pytest.approx([1, (1 + 1 + 4) / 3])
+    (policy + 0.5 * kl).sum().backward()
     assert reward.grad.tolist() == [-1, -1] and references.grad is None
     assert velocities.grad[2, 1].tolist() == pytest.approx([0.5 * 2 * 2 / 12] * 4)
-    assert draft_loss(reward, velocities, None).kl.tolist() == [0, 0]
-    half = draft_loss(reward, torch.full((1, 2, 4), 1e-4).half(), torch.zeros(1, 2, 4).half())
-    assert half.kl.tolist() == pytest.approx([1e-8] * 2, rel=1e-2)
+    assert draft_loss(reward, velocities, None)[1].tolist() == [0, 0]
+    _, half = draft_loss(reward, torch.full((1, 2, 4), 1e-4).half(), torch.zeros(1, 2, 4).half())
+    assert half.tolist() == pytest.approx([1e-8] * 2, rel=1e-2)
 
 
 @pytest.mark.parametrize("more", [(), STOPPED])
 def test_steps_on_the_same_samples_raise_their_reward(make_trainer, tmp_path, more):
     trainer, rewards = make_trainer(tmp_path / "run", *DRAFT, *more, "train.learning_rate=5e-4"), []
     for _ in range(5):
-        rollouts = trainer.collect(0)
-        trainer.update(0, rollouts)
-        trainer.policy.after_epoch(0, trainer.step)
+        rollouts = trainer.objective.learn(trainer.collector.collect(0), 0).rollouts
+        trainer.learner.policy.after_epoch(0, trainer.learner.step)
         rewards.append(float(torch.cat([rollout.rewards["total"] for rollout in rollouts]).mean()))
     assert all(later > earlier for earlier, later in zip(rewards, rewards[1:])), rewards
     assert rewards[-1] > rewards[0] + 0.2
@@ -212,7 +218,7 @@ def test_the_plan_counts_what_is_run():
     recipe = load_recipe("recipes/draft_pixel.yaml", ["train.draft_steps=3"])
     found = costs(recipe)
     forward, decode = found.forward_flops / 1e12, found.decode_flops / 1e12
-    phases = work(recipe, geometry_of(recipe, 1), found)
+    phases = work(recipe, recipe_geometry(recipe, 1), found)
     samples = recipe.rollout.groups * recipe.rollout.group_size
     assert phases["rollout"] == pytest.approx(samples * 7 * forward)
     assert phases["train"] == pytest.approx(samples * 3 * (found.training_flops / 1e12 + forward))
@@ -227,7 +233,7 @@ def test_the_plan_counts_what_is_run():
 def test_the_plan_of_stopped_rollouts_decodes_nothing():
     recipe = load_recipe("recipes/shapes/draft_stopped.yaml", ["train.beta_kl=0"])
     found = costs(recipe)
-    phases = work(recipe, geometry_of(recipe, 1), found)
+    phases = work(recipe, recipe_geometry(recipe, 1), found)
     assert phases["rollout"] == pytest.approx(64 * 4 * found.forward_flops / 1e12) and phases["decode"] == 0
     assert phases["train"] == pytest.approx(64 * found.training_flops / 1e12)
     assert 1.5 * 64 * found.score_flops / 1e12 < phases["score"] < 3 * 64 * found.score_flops / 1e12

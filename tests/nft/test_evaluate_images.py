@@ -98,7 +98,7 @@ def test_without_a_lora_the_table_is_of_the_base(trained_run, launched):
     [
         (("--lora", "nowhere.safetensors"), "LoRA file not found"),
         (("--count", 1), "--count must be at least 2"),
-        (("--count", 100_000), "100000 were asked for"),
+        (("--count", 100_000), "100000 were requested"),
         (("--seed", -1), "--seed must be 0 or more"),
         (("--out", "setup.cfg/found.json"), "cannot write setup.cfg/found.json"),
         (("evaluation.stps=1",), "unknown recipe key evaluation.stps"),

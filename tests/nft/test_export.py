@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 import nft.export.card
 import nft.export.files
 import nft.export.lora
-from nft.export.card import FORMATS, Texts
 from nft.config import load_recipe
+from nft.export.card import FORMATS, Texts
 from nft.export.files import export
 from nft.export.lora import LORA_NAME
+from nft.export.trained import read_trained
 from nft.policy import ADAPTERS, Policy
-from nft.export.trained import base_configuration, read_trained
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.families import SD3, architecture_of
 from stitchvm_reward.runs import checkpoint, randomness
 from stitchvm_reward.runs.recipe import DTYPES, CheckpointRecipe, dump
 
@@ -65,7 +66,7 @@ def trained(trained_run):
 def picture(trained_run, sampled):
     """picture(pipeline) -> held-out pictures of it, from the noise that the trainer's own have."""
     trainer, _ = trained_run
-    prompts = [trainer.held_out[n] for n in INDICES]
+    prompts = [trainer.held_out.prompts[n] for n in INDICES]
     noise = randomness.noise((16, 8, 8), trainer.recipe.seed, randomness.EVALUATION, 0, INDICES)
     return lambda pipeline: sampled(pipeline, prompts, noise, 2)
 
@@ -84,7 +85,7 @@ def test_images_of_an_export_are_those_of_the_trained_policy(
     assert layers == LAYERS and deviation < 1e-5
     sampler = load(kind, tmp_path / "out")
     assert len(adapted(sampler.transformer)) == (0 if kind == "merged" else LAYERS)
-    found, expected = picture(sampler), trainer.images("ema", INDICES)
+    found, expected = picture(sampler), trainer.held_out.images("ema", INDICES)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert float((found - base_pictures).abs().max()) > 0.05, "an export that did nothing would pass otherwise"
 
@@ -95,8 +96,8 @@ def test_the_current_weights_are_others_than_the_averaged_ones(trained_run, trai
     assert any(not torch.equal(current.matrices[key], trained.matrices[key]) for key in trained.matrices)
     export(current, "comfyui", None, tmp_path / "out", Texts())
     found = picture(load("comfyui", tmp_path / "out"))
-    torch.testing.assert_close(found, trainer.images("current", INDICES), atol=1e-4, rtol=0)
-    assert float((found - trainer.images("ema", INDICES)).abs().max()) > 1e-3
+    torch.testing.assert_close(found, trainer.held_out.images("current", INDICES), atol=1e-4, rtol=0)
+    assert float((found - trainer.held_out.images("ema", INDICES)).abs().max()) > 1e-3
 
 
 def test_the_runs_own_file_holds_the_same_tensors(trained_run, trained, tmp_path):
@@ -225,12 +226,12 @@ def test_an_export_for_sd35_needs_none_of_its_weights_and_names_its_architecture
     settings = ["lora.rank=1", "lora.alpha=2", f"model.path=stabilityai/stable-diffusion-3.5-{size}"]
     recipe = load_recipe("recipes/aesthetic_pixel.yaml", [*settings, f"out={tmp_path}/run"])
     with torch.device("meta"):
-        network = SD3Transformer2DModel.from_config(base_configuration(recipe.model.path))
-        shapes = Policy(network, 1, 2, recipe.lora.targets, 0).tensors("ema")
+        network = SD3Transformer2DModel.from_config(architecture_of(recipe.model.path).transformer)
+        shapes = Policy(network, 1, 2, SD3.lora_targets, 0).tensors("ema")
     adapters = {f"{name}/{key}": torch.full(t.shape, 0.01) for name in ADAPTERS for key, t in shapes.items()}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text(dump(recipe))
-    state = {"epoch": 10, "step": 10}
+    state = {"epoch": 10, "learner": {"step": 10}}
     checkpoint.save(tmp_path / "run" / "checkpoints", 10, {"adapters": adapters}, state, CheckpointRecipe())
     trained = read_trained(tmp_path / "run")
     assert len(trained.scaling) == layers and set(trained.scaling.values()) == {2.0}

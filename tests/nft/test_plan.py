@@ -4,12 +4,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-import nft.cost.plan
 from nft.config import load_recipe
-from nft.geometry import geometry_of
-from nft.cost.plan import _clip_costs, cost_lines, costs, work, work_lines
-from stitchvm_reward.diffusion.architectures import VAE
-from stitchvm_reward.stitching.benchmark import flop_counter
+from nft.cost import shapes
+from nft.cost.plan import cost_lines, recipe_geometry, work, work_lines
+from nft.cost.shapes import costs
+from stitchvm_reward.families import SD3, architecture_of
+from stitchvm_reward.measure import flops
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ from stitchvm_reward.stitching.benchmark import flop_counter
 )
 def test_a_published_reward_tower_costs_what_was_worked_out_by_hand(model, teraflop):
     with torch.device("meta"), torch.no_grad():
-        assert _clip_costs(model)[0] / 1e12 == pytest.approx(teraflop, rel=0.02)
-        assert _clip_costs("somebody/clip") == (None, 0)
+        assert shapes._clip_costs(model)[0] / 1e12 == pytest.approx(teraflop, rel=0.02)
+        assert shapes._clip_costs("somebody/clip") == (None, 0)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def test_costs_of_one_sample_are_those_worked_out_by_hand(medium, field, teraflo
 
 
 @pytest.fixture(scope="module")
-def larger(medium):
+def larger():
     """Larger pictures, and adapters on more layers, which a forward pass without adapters does not feel."""
-    targets = [*medium[0].lora.targets, *(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))]
+    targets = [*SD3.lora_targets, *(f"attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0"))]
     overrides = [f"lora.targets=[{','.join(targets)}]", "model.resolution=1024"]
     return costs(load_recipe("recipes/aesthetic_published.yaml", overrides))
 
@@ -67,16 +67,15 @@ def test_1024_pixels_cost_what_was_worked_out_by_hand(larger):
 
 def test_encoding_an_image_costs_what_was_worked_out_by_hand():
     with torch.device("meta"), torch.no_grad():
-        vae = AutoencoderKL.from_config(VAE)
-        counter = flop_counter()
-        with counter:
-            vae.encode(torch.zeros(1, 3, 512, 512))
-    assert counter.get_total_flops() / 1e12 == pytest.approx(1.12, rel=0.02)
+        vae = AutoencoderKL.from_config(architecture_of("stabilityai/stable-diffusion-3.5-medium").vae)
+        found = flops(lambda: vae.encode(torch.zeros(1, 3, 512, 512)))
+    assert found / 1e12 == pytest.approx(1.12, rel=0.02)
 
 
 def test_a_tower_that_several_rewards_share_is_measured_once_and_counted_for_each(monkeypatch):
-    measured, measure = [], nft.cost.plan._clip_costs
-    monkeypatch.setattr(nft.cost.plan, "_clip_costs", lambda model: measured.append(model) or measure(model))
+    measured, measure = [], shapes._clip_costs
+    monkeypatch.setattr(shapes, "_known", {})
+    monkeypatch.setattr(shapes, "_clip_costs", lambda model: measured.append(model) or measure(model))
     one = costs(load_recipe("recipes/shapes/clip.yaml"))
     model = load_recipe("recipes/shapes/clip.yaml").rewards[0].model
     both = f"rewards=[{{kind: clip, model: {model}}}, {{kind: hpsv2, model: {model}}}]"
@@ -88,7 +87,7 @@ def test_a_tower_that_several_rewards_share_is_measured_once_and_counted_for_eac
 
 def test_work_counts_every_network_call(medium):
     recipe, found = medium
-    phases = work(recipe, geometry_of(recipe, 1), found)
+    phases = work(recipe, recipe_geometry(recipe, 1), found)
     forward, training = found.forward_flops / 1e12, found.training_flops / 1e12
     assert phases["rollout"] == pytest.approx(1152 * 25 * forward)
     # the current policy with gradient, the old one and the reference without
@@ -98,7 +97,7 @@ def test_work_counts_every_network_call(medium):
 def test_a_stopped_run_counts_the_steps_it_takes_and_decodes_nothing(medium):
     _, found = medium
     recipe = load_recipe("recipes/aesthetic.yaml")
-    phases = work(recipe, geometry_of(recipe, 1), found)
+    phases = work(recipe, recipe_geometry(recipe, 1), found)
     assert phases["rollout"] == pytest.approx(192 * 5 * found.forward_flops / 1e12) and phases["decode"] == 0
     # every tenth epoch 32 samples go the rest of the way
     whole = 5 * found.forward_flops + found.decode_flops + found.pixel_score_flops

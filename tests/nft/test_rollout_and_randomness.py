@@ -5,14 +5,17 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
 from nft.prompts import epoch_prompts
-from nft.rollout import roll_on, roll_out, stop_step, training_levels
-from stitchvm_reward.diffusion.generator import Conditions, Generator
-from stitchvm_reward.diffusion.solvers import sigma_schedule, solve
+from nft.rollout import continue_rollout, plan_rollout, roll_out, stop_step, training_levels
+from stitchvm_reward.diffusion.generator import Generator
+from stitchvm_reward.diffusion.solvers import solve
+from stitchvm_reward.families import SD3
+from stitchvm_reward.families.family import Conditions
+from stitchvm_reward.families.sd3 import static_levels
 from stitchvm_reward.runs import randomness
 from stitchvm_reward.runs.randomness import EVALUATION, ROLLOUT, TRAINING, noise
 
 SHAPE = (4, 8, 8)
-GRID = sigma_schedule(10)
+GRID = static_levels(10, 3.0)
 
 
 def test_same_address_gives_the_same_numbers_whatever_was_drawn_before():
@@ -78,29 +81,31 @@ def test_fewer_prompts_than_groups_are_used_again():
 def test_grid_levels_are_above_tau_and_not_repeated(tau):
     above = [level for level in GRID if level > tau]
     count = len(above)
-    found = training_levels(list(range(50)), [tau] * 50, GRID, count, "grid", seed=0, epoch=0)
+    found = training_levels(list(range(50)), [tau] * 50, GRID, count=count, kind="grid", seed=0, epoch=0)
     assert found.shape == (50, count) and found.dtype == torch.float32
     assert torch.equal(found.sort(descending=True).values, torch.tensor(above).expand(50, -1))
 
 
 def test_grid_levels_are_a_permutation_of_each_samples_own():
-    found = training_levels(list(range(200)), [0.0] * 200, GRID, 1, "grid", seed=0, epoch=0)
+    found = training_levels(list(range(200)), [0.0] * 200, GRID, count=1, kind="grid", seed=0, epoch=0)
     assert len(found.unique()) == 10
 
 
 def test_continuous_levels_keep_their_distance_from_tau():
     tau = [0.0, 0.6, 0.9] * 200
-    found = training_levels(list(range(600)), tau, GRID, 3, "continuous", seed=0, epoch=0)
+    found = training_levels(list(range(600)), tau, GRID, count=3, kind="continuous", seed=0, epoch=0)
     assert (found - torch.tensor(tau)[:, None]).min() >= 0.03 - 1e-6 and found.max() <= 1
     assert len(found.unique()) > 1700
 
 
 @pytest.mark.parametrize("kind", ["grid", "continuous"])
 def test_levels_of_a_sample_depend_on_its_address_alone(kind):
-    together = training_levels([4, 5, 6], [0.0, 0.6, 0.0], GRID, 2, kind, seed=1, epoch=2)
-    assert torch.equal(training_levels([5], [0.6], GRID, 2, kind, seed=1, epoch=2), together[1:2])
-    later = training_levels(list(range(20)), [0.0] * 20, GRID, 2, kind, seed=1, epoch=3)
-    assert not torch.equal(later, training_levels(list(range(20)), [0.0] * 20, GRID, 2, kind, seed=1, epoch=2))
+    together = training_levels([4, 5, 6], [0.0, 0.6, 0.0], GRID, count=2, kind=kind, seed=1, epoch=2)
+    assert torch.equal(training_levels([5], [0.6], GRID, count=2, kind=kind, seed=1, epoch=2), together[1:2])
+    later = training_levels(list(range(20)), [0.0] * 20, GRID, count=2, kind=kind, seed=1, epoch=3)
+    assert not torch.equal(
+        later, training_levels(list(range(20)), [0.0] * 20, GRID, count=2, kind=kind, seed=1, epoch=2)
+    )
 
 
 def tiny_generator():
@@ -127,18 +132,21 @@ def tiny_generator():
         scaling_factor=1.5,
         shift_factor=0.1,
     )
-    return Generator(transformer, vae, shift=3.0, resolution=16)
+    return Generator(SD3, transformer, vae, scheduler={"shift": 3.0}, resolution=16)
+
+
+def rolled_out(generator, table, samples, sigmas, stops, solver):
+    planned = plan_rollout(samples, samples, table, torch.tensor(samples))
+    return roll_out(generator, generator.transformer, planned, sigmas, seed=0, epoch=1, solver=solver, stops=stops)
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpm2"])
 def test_a_rollout_does_not_depend_on_its_micro_batch(solver):
     generator = tiny_generator()
-    table = Conditions(noise((5, 32), 0, 9, 0, [0, 1, 2]), noise((32,), 0, 9, 1, [0, 1, 2]))
+    table = Conditions({"tokens": noise((5, 32), 0, 9, 0, [0, 1, 2]), "pooled": noise((32,), 0, 9, 1, [0, 1, 2])})
 
     def rolled(samples):
-        rows = torch.tensor(samples)
-        sigmas, stops = sigma_schedule(4), [4] * len(samples)
-        return roll_out(generator, generator.transformer, table, rows, samples, samples, 0, 1, sigmas, solver, stops)
+        return rolled_out(generator, table, samples, static_levels(4, 3.0), [4] * len(samples), solver)
 
     together, alone = rolled([0, 1, 2]), rolled([2])
     assert generator.latent_shape == SHAPE and together.anchor.dtype == torch.float32
@@ -149,8 +157,8 @@ def test_a_rollout_does_not_depend_on_its_micro_batch(solver):
 @pytest.mark.parametrize("solver", ["euler", "dpm2"])
 def test_a_rollout_stopped_at_k_is_the_first_k_steps_of_a_full_one_bit_for_bit(solver):
     generator = tiny_generator()
-    table = Conditions(noise((5, 32), 0, 9, 0, [0, 1, 2]), noise((32,), 0, 9, 1, [0, 1, 2]))
-    sigmas, start = sigma_schedule(6), noise(SHAPE, 0, ROLLOUT, 1, [0, 1, 2])
+    table = Conditions({"tokens": noise((5, 32), 0, 9, 0, [0, 1, 2]), "pooled": noise((32,), 0, 9, 1, [0, 1, 2])})
+    sigmas, start = static_levels(6, 3.0), noise(SHAPE, 0, ROLLOUT, 1, [0, 1, 2])
 
     def velocity(latents, sigma):
         return generator.velocity(latents, torch.full((3,), sigma), table)
@@ -159,11 +167,8 @@ def test_a_rollout_stopped_at_k_is_the_first_k_steps_of_a_full_one_bit_for_bit(s
     for stop in range(1, 7):
         with torch.no_grad():
             full.append(solve(velocity, start, sigmas, solver, stop))
-    rows = torch.arange(3)
     for stop in range(1, 7):
-        stopped = roll_out(
-            generator, generator.transformer, table, rows, [0, 1, 2], [0, 1, 2], 0, 1, sigmas, solver, [stop] * 3
-        )
+        stopped = rolled_out(generator, table, [0, 1, 2], sigmas, [stop] * 3, solver)
         assert torch.equal(stopped.anchor, full[stop])
         assert torch.equal(stopped.tau, torch.tensor([sigmas[stop]] * 3))
 
@@ -171,15 +176,13 @@ def test_a_rollout_stopped_at_k_is_the_first_k_steps_of_a_full_one_bit_for_bit(s
 @pytest.mark.parametrize("solver", ["euler", "dpm2"])
 def test_samples_that_stop_at_different_steps_share_a_batch_and_are_not_run_on(solver):
     generator, asked = tiny_generator(), []
-    table = Conditions(noise((5, 32), 0, 9, 0, [0, 1, 2]), noise((32,), 0, 9, 1, [0, 1, 2]))
-    sigmas, stops, rows = sigma_schedule(6), [4, 2, 5], torch.arange(3)
+    table = Conditions({"tokens": noise((5, 32), 0, 9, 0, [0, 1, 2]), "pooled": noise((32,), 0, 9, 1, [0, 1, 2])})
+    sigmas, stops, rows = static_levels(6, 3.0), [4, 2, 5], torch.arange(3)
     network = generator.transformer
     network.register_forward_pre_hook(lambda _, __, given: asked.append(len(given["hidden_states"])), with_kwargs=True)
 
     def rolled(samples, chosen):
-        return roll_out(
-            generator, network, table, torch.tensor(samples), samples, samples, 0, 1, sigmas, solver, chosen
-        ).anchor
+        return rolled_out(generator, table, samples, sigmas, chosen, solver).anchor
 
     together = rolled([0, 1, 2], stops)
     assert asked == [3, 3, 2, 2, 1]
@@ -189,13 +192,13 @@ def test_samples_that_stop_at_different_steps_share_a_batch_and_are_not_run_on(s
 
 def test_stopped_samples_rolled_on_reach_what_full_rollouts_reach():
     generator = tiny_generator()
-    table = Conditions(noise((5, 32), 0, 9, 0, [0, 1, 2]), noise((32,), 0, 9, 1, [0, 1, 2]))
-    sigmas, rows, network = sigma_schedule(6), torch.arange(3), generator.transformer
+    table = Conditions({"tokens": noise((5, 32), 0, 9, 0, [0, 1, 2]), "pooled": noise((32,), 0, 9, 1, [0, 1, 2])})
+    sigmas, network = static_levels(6, 3.0), generator.transformer
 
     def rolled(stops):
-        return roll_out(generator, network, table, rows, [0, 1, 2], [0, 1, 2], 0, 1, sigmas, "euler", stops)
+        return rolled_out(generator, table, [0, 1, 2], sigmas, stops, "euler")
 
-    onward = roll_on(generator, network, rolled([4, 2, 5]), [2, 0, 1], sigmas, "euler")
+    onward = continue_rollout(generator, network, rolled([4, 2, 5]), [2, 0, 1], sigmas=sigmas, solver="euler")
     torch.testing.assert_close(onward, rolled([6, 6, 6]).anchor[[2, 0, 1]], rtol=1e-4, atol=1e-5)
 
 
@@ -206,10 +209,10 @@ def test_the_stop_is_shared_by_a_group_and_covers_the_window():
 
 
 def test_training_levels_lie_above_the_stop_although_it_is_kept_in_single_precision():
-    sigmas = sigma_schedule(25)
+    sigmas = static_levels(25, 3.0)
     for stop in range(1, 25):
         tau = float(torch.tensor(sigmas[stop]))
-        found = training_levels([5], [tau], sigmas, stop, "grid", 0, 0)
+        found = training_levels([5], [tau], sigmas, count=stop, kind="grid", seed=0, epoch=0)
         assert sorted(found[0].tolist(), reverse=True) == torch.tensor(sigmas[:stop]).tolist()
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from nft import scaling
+from nft.cost import scaling
 from nft.cost.communication import (
     Cluster,
     Message,

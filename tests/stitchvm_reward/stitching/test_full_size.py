@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
-from stitchvm_reward.diffusion.architectures import TRANSFORMERS, clip_configuration
 from stitchvm_reward.diffusion.backbone import BackboneHead
-from stitchvm_reward.diffusion.generator import Conditions
+from stitchvm_reward.families import SD3, architecture_of
+from stitchvm_reward.rewards.architectures import clip_configuration
 from stitchvm_reward.rewards.tail import RewardTail
 from stitchvm_reward.stitching.value_model import ValueNetwork
+
+
+MODEL = "stabilityai/stable-diffusion-3.5-medium"
 
 
 def teraflop(call) -> float:
@@ -23,13 +25,13 @@ def teraflop(call) -> float:
 @pytest.fixture(scope="module")
 def head() -> BackboneHead:
     with torch.device("meta"):
-        return BackboneHead(SD3Transformer2DModel.from_config(TRANSFORMERS["stabilityai/stable-diffusion-3.5-medium"]))
+        return BackboneHead(SD3, SD3.transformer.from_config(architecture_of(MODEL).transformer))
 
 
 @pytest.fixture(scope="module")
 def given():
     with torch.device("meta"):
-        conditions = Conditions(torch.zeros(1, 333, 4096), torch.zeros(1, 2048))
+        conditions = SD3.stand_in(architecture_of(MODEL), 1, SD3.text_length)
         return torch.zeros(1, 16, 64, 64), torch.zeros(1), conditions
 
 
@@ -41,7 +43,7 @@ def test_the_first_blocks_cost_what_was_worked_out_by_hand(head, given, blocks, 
 def test_a_stitched_score_fits_and_costs_a_sixth_of_a_tweedie_score(head, given):
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig(**clip_configuration("openai/clip-vit-large-patch14-336")))
-        network = ValueNetwork(head.width(4), RewardTail(clip, 1))
+        network = ValueNetwork(head.width(4, 16), RewardTail(clip, 1))
     found = {}
 
     def score():

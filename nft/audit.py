@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nft.learner import Learner
-from nft.rollout import Rollout, continue_rollout
+from nft.rollout import Rollout, RolloutRecipe, continue_rollout
 from nft.scoring import Scorer
 from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.errors import SharedError
@@ -143,12 +143,12 @@ class Auditor:
         scorer: Scorer,
         ranks: RankSync,
         prompts: list[str],
-        sigmas: list[float],
-        solver: str,
+        rollout: RolloutRecipe,
         seed: int,
     ):
         self.audit, self.generator, self.learner, self.scorer = audit, generator, learner, scorer
-        self.ranks, self.prompts, self.sigmas, self.solver, self.seed = ranks, prompts, sigmas, solver, seed
+        self.ranks, self.prompts, self.seed = ranks, prompts, seed
+        self.sigmas, self.solver = generator.sigmas(rollout.steps), rollout.solver
 
     def check(self, epoch: int, rollouts: list[Rollout]) -> dict[str, float]:
         """Audit an epoch where its turn has come, on all processes together, and return the metrics.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nft.config import EvaluationRecipe
 from nft.learner import Learner
 from nft.rollout import sample
 from nft.scoring import Scorer
@@ -19,10 +20,7 @@ from stitchvm_reward.runs.rank_sync import RankSync
 
 
 class HeldOut:
-    """Samples held-out images of an adapter and measures them.
-
-    `grid` images are shown, `steps` Euler steps are taken, and `micro_batch` images are made at once.
-    """
+    """Samples held-out images of an adapter and measures them, `micro_batch` images at once."""
 
     def __init__(
         self,
@@ -34,13 +32,13 @@ class HeldOut:
         scorer: Scorer,
         ranks: RankSync,
         seed: int,
-        steps: int,
-        grid: int,
+        evaluation: EvaluationRecipe,
         micro_batch: int,
     ):
         self.prompts, self.cache, self.generator, self.learner = prompts, cache, generator, learner
         self.scorer, self.ranks, self.seed = scorer, ranks, seed
-        self.sigmas, self.grid, self.micro_batch = generator.sigmas(steps), grid, micro_batch
+        self.sigmas, self.grid = generator.sigmas(evaluation.steps), evaluation.grid
+        self.micro_batch = micro_batch
 
     @torch.no_grad()
     def images(self, adapter: str | None, indices: list[int]) -> Tensor:

@@ -15,8 +15,9 @@ from nft.policy import Policy
 from nft.rollout import Rollout
 from nft.zero_forward import ZeroForward
 from stitchvm_reward.diffusion.generator import Generator
-from stitchvm_reward.errors import InputError, SharedError
+from stitchvm_reward.errors import SharedError
 from stitchvm_reward.families.family import Conditions
+from stitchvm_reward.runs import checkpoint
 from stitchvm_reward.runs.rank_sync import RankSync
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -160,11 +161,7 @@ class Learner:
 
         Raises InputError for the state of another version of this code, and for adapters or moments that do not fit.
         """
-        if different := sorted(state.keys() ^ self.state_dict().keys()):
-            raise InputError(
-                f"the checkpoint was written by another version of this code (it differs in {', '.join(different)}): "
-                "continue with that version, or give another out=FOLDER"
-            )
+        checkpoint.require_keys(state, self.state_dict())
         self.policy.load_state_dict(tensors["adapters"])
         self.policy.old_is_current = state["old_is_current"]
         self.backend.load(tensors["optimizer"])

@@ -26,9 +26,7 @@ from stitchvm_reward.runs import checkpoint
 from stitchvm_reward.runs.pictures import curves
 from stitchvm_reward.runs.rank_sync import RankSync, Stopped, mark_stopped
 from stitchvm_reward.runs.run_folder import prepare_run_folder
-from stitchvm_reward.runs.tracking import Tracker
-
-PHASES = ("rollout", "decode", "score", "audit", "train", "meet")  # what an epoch's time goes into
+from stitchvm_reward.runs.tracking import Tracker, epoch_line, epoch_seconds
 
 
 class Trainer:
@@ -66,17 +64,13 @@ class Trainer:
             score=score if self.objective.scores_rollouts else None,
             **shared,
         )
-        self.audit, sigmas = Audit(recipe.audit), generator.sigmas(rollout.steps)
-        self.auditor = Auditor(
-            self.audit, scorer=scorer, prompts=prompts, sigmas=sigmas, solver=rollout.solver, **shared
-        )
-        evaluation = recipe.evaluation
+        self.audit = Audit(recipe.audit)
+        self.auditor = Auditor(self.audit, scorer=scorer, prompts=prompts, rollout=rollout, **shared)
         self.held_out = HeldOut(
             held_out,
             cache=self.cache,
             scorer=scorer,
-            steps=evaluation.steps,
-            grid=evaluation.grid,
+            evaluation=recipe.evaluation,
             micro_batch=rollout.micro_batch,
             **shared,
         )
@@ -154,18 +148,12 @@ class Trainer:
 
     def _log(self, metrics: dict[str, float]) -> None:
         metrics |= self.timings.take()
-        seconds = sum(metrics.get(f"seconds/{phase}", 0.0) for phase in PHASES)
-        if seconds:
+        if seconds := epoch_seconds(metrics):
             metrics["images_per_second"] = self.learner.geometry.samples / seconds
         if self.tracker is not None:
             histograms = self.learned.histograms if self.learned else {}
             self.tracker.log(self.epoch, self.learner.step, metrics, histograms)
-            shown = {k: v for k, v in metrics.items() if k in ("reward/total", "held_out/total", "train/old_deviation")}
-            tqdm.write(
-                f"epoch {self.epoch}/{self.recipe.epochs}  "
-                + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-                + f"  {seconds:.1f} s"
-            )
+            tqdm.write(f"epoch {self.epoch}/{self.recipe.epochs}  {epoch_line(metrics)}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything beside the tensors that must survive a restart.
@@ -187,11 +175,7 @@ class Trainer:
 
         Raises InputError for the state of another version of this code, or where the text encoders have changed.
         """
-        if different := sorted(state.keys() ^ self.state_dict().keys()):
-            raise InputError(
-                f"the checkpoint was written by another version of this code (it differs in {', '.join(different)}): "
-                "continue with that version, or give another out=FOLDER"
-            )
+        checkpoint.require_keys(state, self.state_dict())
         if state["prompt_key"] != self.cache.key:
             raise InputError(
                 f"the text encoders of {self.recipe.model.path} are not those that this run began with: put them back, "

@@ -11,11 +11,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nft.trainer import PHASES
 from stitchvm_reward.command import run_command
 from stitchvm_reward.errors import InputError, nearest
 from stitchvm_reward.runs.run_folder import arm_of
-from stitchvm_reward.runs.tracking import read_metrics
+from stitchvm_reward.runs.tracking import PHASES, read_metrics
 
 AXES = {"seconds": "seconds", "teraflop": "TFLOP", "epoch": "epochs"}
 

@@ -169,6 +169,15 @@ def choose(folder: Path, resume: str, warn) -> Path | None:
     return None
 
 
+def require_keys(state: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise InputError where a checkpoint's state has other keys than this version of the code writes."""
+    if different := sorted(state.keys() ^ expected.keys()):
+        raise InputError(
+            f"the checkpoint was written by another version of this code (it differs in {', '.join(different)}): "
+            "continue with that version, or give another out=FOLDER"
+        )
+
+
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Return the tensor files and the state of a checkpoint."""
     tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}

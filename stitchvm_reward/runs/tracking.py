@@ -15,6 +15,9 @@ from stitchvm_reward.errors import InputError, nearest
 TRACKERS = ("jsonl", "tensorboard", "wandb", "trackio")
 DEFAULT_TRACKERS = ("jsonl", "tensorboard")
 
+PHASES = ("rollout", "decode", "score", "audit", "train", "meet")  # of an epoch
+SHOWN = ("reward/total", "train/old_deviation", "held_out/total")
+
 
 class Timings:
     """Seconds spent per phase since the last `take`; `current` is the phase that was entered last.
@@ -62,6 +65,17 @@ class Timings:
         """Return the seconds per phase as metrics, and start again from zero."""
         taken, self.seconds = self.seconds, {}
         return {f"seconds/{name}": value for name, value in taken.items()}
+
+
+def epoch_seconds(metrics: dict[str, float]) -> float:
+    """Return what an epoch took, without evaluation, saving and start-up."""
+    return sum(metrics.get(f"seconds/{phase}", 0.0) for phase in PHASES)
+
+
+def epoch_line(metrics: dict[str, float]) -> str:
+    """Return what the terminal shows of an epoch's metrics."""
+    shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
+    return "  ".join([*shown, f"{epoch_seconds(metrics):.1f} s"])
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

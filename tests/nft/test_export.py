@@ -307,15 +307,15 @@ def test_unknown_formats_weights_and_dtypes_are_refused(refused, trained_run, tm
 
 
 def test_a_folder_that_is_no_run_is_refused(refused, tmp_path):
-    refused(["is no run folder", "recipe.yaml"], tmp_path)
-    refused(["is no run folder"], tmp_path / "nowhere")
+    refused(["is not a run folder", "it has no recipe.yaml"], tmp_path)
+    refused(["is not a run folder"], tmp_path / "nowhere")
 
 
 def test_a_run_without_a_checkpoint_and_an_unknown_one_are_refused(refused, trained_run, tmp_path):
     run = shutil.copytree(trained_run[1], tmp_path / "run")
     refused(["checkpoint epoch-000007 is not in", "epoch-000002"], run, "--checkpoint", "epoch-000007")
     shutil.rmtree(run / "checkpoints")
-    refused(["holds no checkpoint yet"], run)
+    refused(["has no checkpoint yet"], run)
 
 
 def test_damaged_checkpoints_are_refused(refused, trained_run, tmp_path):

@@ -18,10 +18,11 @@ def test_shipped_recipes_load(path):
 
 
 def test_shipped_recipes_name_the_kind_of_their_reward():
-    kinds = {path.stem.removeprefix("sd35m_"): load_stitch_recipe(path).reward.kind for path in SHIPPED}
-    own = {"aesthetic": "aesthetic", "clip": "clip", "dfn": "dfn_clip", "hpsv2": "hpsv2", "pickscore": "pickscore"}
+    kinds = {path.stem: load_stitch_recipe(path).reward.kind for path in SHIPPED}
+    rewards = {"aesthetic": "aesthetic", "clip": "clip", "dfn": "dfn_clip", "hpsv2": "hpsv2", "pickscore": "pickscore"}
+    published = {f"{model}_{name}": kind for model in ("sd35m", "sd35l", "flux") for name, kind in rewards.items()}
     shapes = {"shapes_aesthetic": "aesthetic", "shapes_aesthetic_prompt": "aesthetic", "shapes_clip": "clip"}
-    assert kinds == own | shapes
+    assert kinds == published | shapes | {"shapes_flux": "aesthetic"}
 
 
 @pytest.mark.parametrize(

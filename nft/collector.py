@@ -1,14 +1,13 @@
 """An epoch's rollouts on this process: which there are, sampled by the old policy, and scored."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from nft.geometry import Geometry
 from nft.learner import Learner
+from nft.objectives.objective import Objective
 from nft.prompts import epoch_prompts
 from nft.rollout import Rollout, RolloutRecipe, plan_rollout, roll_out, rollout_stops
 from stitchvm_reward.diffusion.generator import Generator
@@ -19,8 +18,7 @@ from stitchvm_reward.runs.rank_sync import RankSync
 class Collector:
     """Samples and scores rollouts of the training prompts.
 
-    Rollouts end `remaining_steps` solver steps early, which the update takes. `score` gives their rewards by name; None
-    leaves them without.
+    The objective says how many solver steps early rollouts end, and whether they are scored here.
     """
 
     def __init__(
@@ -33,12 +31,12 @@ class Collector:
         generator: Generator,
         learner: Learner,
         ranks: RankSync,
-        remaining_steps: int,
-        score: Callable[[Rollout], dict[str, Tensor]] | None,
+        objective: Objective,
     ):
         self.rollout, self.seed, self.prompts, self.cache = rollout, seed, prompts, cache
         self.generator, self.learner, self.ranks = generator, learner, ranks
-        self.remaining_steps, self.score = remaining_steps, score
+        self.remaining_steps = objective.remaining_steps
+        self.score = objective.parts.score if objective.scores_rollouts else None
         self.geometry: Geometry = learner.geometry
         self.sigmas = generator.sigmas(rollout.steps)
 

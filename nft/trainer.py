@@ -52,27 +52,15 @@ class Trainer:
             stand_in=stand_in(self.cache.conditions(prompts[:1]), generator.latent_shape),
         )
         score = RolloutScorer(scorer, generator, policy, prompts, self.timings, stopped=bool(rollout.stop_window))
-        names = [reward.name for reward in recipe.rewards]
-        parts = Parts(train, rollout, names, seed, generator, learner, self.ranks, score)
+        parts = Parts(train, rollout, [*scorer.rewards], seed, generator, learner, self.ranks, score)
         self.objective = objective_class(train.objective)(parts)
         shared: dict[str, Any] = {"generator": generator, "learner": learner, "ranks": self.ranks, "seed": seed}
-        self.collector = Collector(
-            rollout,
-            prompts=prompts,
-            cache=self.cache,
-            remaining_steps=self.objective.remaining_steps,
-            score=score if self.objective.scores_rollouts else None,
-            **shared,
-        )
+        self.collector = Collector(rollout, prompts=prompts, cache=self.cache, objective=self.objective, **shared)
         self.audit = Audit(recipe.audit)
         self.auditor = Auditor(self.audit, scorer=scorer, prompts=prompts, rollout=rollout, **shared)
+        evaluation, size = recipe.evaluation, rollout.micro_batch
         self.held_out = HeldOut(
-            held_out,
-            cache=self.cache,
-            scorer=scorer,
-            evaluation=recipe.evaluation,
-            micro_batch=rollout.micro_batch,
-            **shared,
+            held_out, cache=self.cache, scorer=scorer, evaluation=evaluation, micro_batch=size, **shared
         )
         self.cost = announce(recipe, accelerator.num_processes, tqdm.write) if self.main else {}
         self._start()
@@ -170,7 +158,7 @@ class Trainer:
             "audit": self.audit.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any], tensors: Tensors) -> None:
+    def load_state_dict(self, tensors: Tensors, state: dict[str, Any]) -> None:
         """Restore what `state_dict` and `Learner.tensors` returned.
 
         Raises InputError for the state of another version of this code, or where the text encoders have changed.
@@ -197,8 +185,7 @@ class Trainer:
         warn = tqdm.write if self.main else lambda _: None
         path = checkpoint.choose(self.folder / "checkpoints", self.recipe.checkpoint.resume, warn)
         if path is not None:
-            tensors, state = checkpoint.load(path)
-            self.load_state_dict(state, tensors)
+            self.load_state_dict(*checkpoint.load(path))
             warn(f"resumed from {path}")
 
     def _stop(self) -> None:
@@ -222,8 +209,7 @@ class Trainer:
         if self.tracker is None:
             return
         self.held_out.draw(self.folder / "before_after.png")
-        transformer = self.learner.generator.transformer
-        header = lora_header(self.recipe, transformer.config, self.epoch)
+        header = lora_header(self.recipe, self.learner.generator.transformer.config, self.epoch)
         save_lora(self.folder / "lora.safetensors", averaged, self.learner.policy.scaling(), header)
         self.tracker.close()
         curves(self.folder)

@@ -93,7 +93,7 @@ class Sampler:
     ) -> dict[str, Tensor]:
         """Return images (batch, 3, resolution, resolution), float32 in [0, 1], of a batch of prompts.
 
-        They are `base` and, where there is a LoRA file, `tuned` from the same noise. The noise belongs to (seed, index):
+        They are `base` and, where there is a LoRA file, `tuned`, from the same noise. It belongs to (seed, index):
         no other prompt and no batch size changes a picture. `on_step` is called after every step of the solver.
         """
         side = self.resolution // self.pipeline.vae_scale_factor

@@ -1,9 +1,9 @@
-"""Compare runs by what it took them to reach a held-out measure:
+"""Compare the cost at which runs reach a target of a held-out measure:
 
 python -m nft.evaluation.compare runs/full-seed0 runs/stopped-seed0 --measure true_aesthetic --target 7 --out cost.png
 
-Runs whose names differ only in a trailing -seedN are one arm. Time is that of rollout, decoding, scoring, auditing and
-training; evaluation and start-up are left out. FLOPs are the plan's.
+Runs whose names differ only in a trailing -seedN form one arm. Time covers rollout, decoding, scoring, auditing and
+training, not evaluation and start-up. FLOPs are those of the plan.
 """
 
 import argparse
@@ -21,7 +21,7 @@ AXES = {"seconds": "seconds", "teraflop": "TFLOP", "epoch": "epochs"}
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's held-out measures over what it had cost by then, its phases' seconds too; one entry an evaluation."""
+    """One run's held-out measures and its cumulative cost on each axis and per phase; one entry per evaluation."""
 
     name: str
     axes: dict[str, list[float]]
@@ -34,14 +34,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Reached:
-    """Where a run first reached the target: its cost there by axis, and all of its measures there."""
+    """The point at which a run first reached the target: its cost by axis, and all of its measures."""
 
     cost: dict[str, float]
     measures: dict[str, float]
 
 
 def read_curve(folder: Path) -> Curve:
-    """The curve of a run folder. Raises InputError where it holds no evaluations."""
+    """Return the curve of a run folder. Raises InputError where it holds no evaluations."""
     rows = read_metrics(folder)
     axes: dict[str, list[float]] = {axis: [] for axis in (*AXES, *PHASES)}
     measures: dict[str, list[float]] = {}
@@ -63,7 +63,7 @@ def read_curve(folder: Path) -> Curve:
 
 
 def reached(curve: Curve, measure: str, target: float) -> Reached | None:
-    """The first crossing of the target from below, between two evaluations in proportion; None where there is none."""
+    """Return the first crossing of the target from below, interpolated linearly between evaluations, or None."""
     values = curve.measures[measure]
     for index, value in enumerate(values):
         if value >= target:
@@ -80,26 +80,26 @@ def reached(curve: Curve, measure: str, target: float) -> Reached | None:
 
 
 def table(curves: list[Curve], measure: str, target: float) -> list[str]:
-    """One line a run, then one an arm with its mean and how many times less it took than the first arm."""
+    """Return one line per run, then one per arm with its mean cost and how many times less that is than the first's."""
     lines = [f"{'run':32}{'epochs':>8}{'seconds':>9}{'TFLOP':>9}   measures at {measure} = {target:g}"]
     arms: dict[str, list[Reached]] = {}
     missed: dict[str, int] = {}
     for curve in curves:
-        found = reached(curve, measure, target)
-        if found is None:
+        result = reached(curve, measure, target)
+        if result is None:
             missed[curve.arm] = missed.get(curve.arm, 0) + 1
             lines.append(f"{curve.name:32}{'never':>8}   best {max(curve.measures[measure]):.4g}")
             continue
-        arms.setdefault(curve.arm, []).append(found)
-        told = "  ".join(f"{name} {value:.3f}" for name, value in found.measures.items() if name != "total")
-        cost = found.cost
-        lines.append(f"{curve.name:32}{cost['epoch']:8.1f}{cost['seconds']:9.1f}{cost['teraflop']:9.2f}   {told}")
+        arms.setdefault(curve.arm, []).append(result)
+        measures = "  ".join(f"{name} {value:.3f}" for name, value in result.measures.items() if name != "total")
+        cost = result.cost
+        lines.append(f"{curve.name:32}{cost['epoch']:8.1f}{cost['seconds']:9.1f}{cost['teraflop']:9.2f}   {measures}")
     lines.append("")
     first: dict[str, float] | None = None
-    for arm, all_found in arms.items():
-        mean = {axis: sum(found.cost[axis] for found in all_found) / len(all_found) for axis in all_found[0].cost}
+    for arm, results in arms.items():
+        mean = {axis: sum(result.cost[axis] for result in results) / len(results) for axis in results[0].cost}
         first = first or mean
-        # An arm that begins above the target has spent nothing.
+        # An arm that starts above the target has a cost of zero.
         ratios = {axis: f"{first[axis] / mean[axis]:.2f}x" if mean[axis] else "-" for axis in ("seconds", "teraflop")}
         times = "  ".join(f"{ratio} less {AXES[axis]}" for axis, ratio in ratios.items())
         short = f", {missed[arm]} never reached it" if arm in missed else ""
@@ -109,7 +109,7 @@ def table(curves: list[Curve], measure: str, target: float) -> list[str]:
 
 
 def draw(curves: list[Curve], measures: list[str], target: float, path: Path) -> None:
-    """Each measure over seconds and over FLOPs, one colour an arm."""
+    """Draw each measure over seconds and over FLOPs, in one colour per arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2 * len(measures)), layout="constrained")
@@ -124,7 +124,7 @@ def draw(curves: list[Curve], measures: list[str], target: float, path: Path) ->
             if row == 0:
                 axes.axhline(target, color="grey", linestyle=":")
                 axes.legend(fontsize=7)
-            # The arms lie far apart, and every run begins at a cost of nothing.
+            # The costs of the arms differ by orders of magnitude, and every run starts at zero.
             axes.set_xscale("symlog", linthresh=min(cost for curve in curves for cost in curve.axes[axis] if cost > 0))
             axes.set_xlim(left=0)
             axes.set_xlabel(AXES[axis])
@@ -135,10 +135,10 @@ def draw(curves: list[Curve], measures: list[str], target: float, path: Path) ->
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", help="run folders; the first one's arm is compared with")
+    parser.add_argument("folders", type=Path, nargs="+", help="run folders; the first one's arm is the baseline")
     parser.add_argument("--measure", required=True, help="held-out measure, such as true_aesthetic")
-    parser.add_argument("--target", type=float, required=True, help="value that has to be reached")
-    parser.add_argument("--out", type=Path, help="PNG to draw")
+    parser.add_argument("--target", type=float, required=True, help="value to reach")
+    parser.add_argument("--out", type=Path, help="PNG file to draw")
     return parser.parse_args()
 
 

@@ -70,8 +70,8 @@ def evaluate_images(
     """Return a row of `compare` for every reward, their sum `total` and every measure of a recipe.
 
     Images are sampled as in the recipe's evaluation: the same prompts, noise (of `seed`, by default the recipe's),
-    Euler steps and size, without classifier-free guidance. Raises InputError for bad input, before weights are
-    loaded where that is possible.
+    Euler steps and size, without classifier-free guidance. Raises InputError for bad input, before weights are loaded
+    where possible.
     """
     if lora is not None:
         lora_layers(lora)

@@ -1,4 +1,4 @@
-"""Show what runs did, side by side: python -m nft.evaluation.summary RUN_FOLDER..."""
+"""Summarise runs side by side: python -m nft.evaluation.summary RUN_FOLDER..."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from stitchvm_reward.runs.tracking import read_metrics
 
 @dataclass(frozen=True)
 class Run:
-    """One run's first and last held-out measures, its seconds by phase, its epochs and what those cost."""
+    """One run's first and last held-out measures, its seconds per phase, its epochs and their cost."""
 
     folder: Path
     before: dict[str, float]
@@ -24,7 +24,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """What a run folder says. Raises InputError where it holds no evaluated epoch."""
+    """Read a run folder. Raises InputError where it holds no evaluation after training."""
     rows = read_metrics(folder)
     held_out = [row for row in rows if "held_out/total" in row]
     epochs = [row for row in rows if "images_per_second" in row]
@@ -41,7 +41,7 @@ def read_run(folder: Path) -> Run:
 
 
 def summary_lines(runs: list[Run]) -> list[str]:
-    """Held-out measures before and after each run, where the time of each went, and where the pictures are."""
+    """Return the held-out measures before and after each run, its time per phase, and where its images are."""
     lines = [f"{'held out':20}{'before':>9} (spread)" + "".join(f"{run.folder.name:>28}" for run in runs)]
     first = runs[0].before
     for name in first:
@@ -58,14 +58,14 @@ def summary_lines(runs: list[Run]) -> list[str]:
     for phase in dict.fromkeys(phase for run in runs for phase in run.seconds):
         shares = [(run.seconds.get(phase, 0.0), sum(run.seconds.values())) for run in runs]
         lines.append(f"{phase:38}" + "".join(f"{part:18.1f} s {part / whole:7.0%}" for part, whole in shares))
-    told = {
+    totals = {
         "total seconds": [f"{sum(run.seconds.values()):.1f}" for run in runs],
         "epochs": [f"{run.epochs}" for run in runs],
-        "images a second": [f"{run.images_per_second:.1f}" for run in runs],
+        "images per second": [f"{run.images_per_second:.1f}" for run in runs],
         "TFLOP": [f"{run.teraflop:.2f}" for run in runs],
     }
-    lines += [f"{name:38}" + "".join(f"{value:>28}" for value in values) for name, values in told.items()]
-    return [*lines, "", *(f"pictures and curves: {run.folder}/before_after.png, curves.png" for run in runs)]
+    lines += [f"{name:38}" + "".join(f"{value:>28}" for value in values) for name, values in totals.items()]
+    return [*lines, "", *(f"images and curves: {run.folder}/before_after.png, curves.png" for run in runs)]
 
 
 def run() -> None:

@@ -1,4 +1,4 @@
-"""The model card beside an export, and its way to the hub."""
+"""The model card of an export, and the upload to the hub."""
 
 import shutil
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from stitchvm_reward.runs.tracking import read_metrics
 
 FORMATS = ("comfyui", "peft", "merged")
 OUR_TAG = "stitch-nft"
-PICTURES = {"curves.png": "Measures over the run", "before_after.png": "Held-out pictures before and after the run"}
+PICTURES = {"curves.png": "Measures over the run", "before_after.png": "Held-out images before and after the run"}
 LAYOUTS = {
     "comfyui": "in the layout that ComfyUI and diffusers read",
     "peft": "in PEFT's own layout",
@@ -34,7 +34,7 @@ LOADING = {
 
 @dataclass(frozen=True)
 class Texts:
-    """What only the user knows of an export; what is None is left to the run. `address` is where it will be found."""
+    """What only the user knows about an export; None: taken from the run. `address` is where others will find it."""
 
     title: str | None = None
     license: str | None = None
@@ -43,7 +43,7 @@ class Texts:
 
 
 def base_name(trained: Trained) -> str | None:
-    """The hub id of the base: the recipe's own, or the published model of its shape."""
+    """Return the hub id of the base: the recipe's own, or the published model of its shape."""
     path = trained.recipe.model.path
     return path if is_hub_id(path) else trained.published
 
@@ -66,7 +66,7 @@ def _front_matter(trained: Trained, texts: Texts) -> ModelCardData:
 
 
 def held_out_lines(trained: Trained) -> list[str]:
-    """The run's held-out measures before training and at the checkpoint, as a table in Markdown; none without them."""
+    """Return a Markdown table of held-out measures before training and at the checkpoint; empty without measures."""
     rows = [row for row in read_metrics(trained.folder) if "held_out/total" in row and row["epoch"] <= trained.epoch]
     if len(rows) < 2:
         return []
@@ -76,7 +76,7 @@ def held_out_lines(trained: Trained) -> list[str]:
         "## Held out",
         "",
         f"{recipe.evaluation.samples} prompts that were not trained on, one image each from fixed noise, "
-        f"{recipe.evaluation.steps} Euler steps, {_guidance_text(trained)}; averaged (ema) weights.",
+        f"{recipe.evaluation.steps} Euler steps {_guidance_text(trained)}; averaged (ema) weights.",
         "",
         f"| measure | epoch {first['epoch']} | epoch {last['epoch']} | change | spread before, after |",
         "|---|---|---|---|---|",
@@ -90,14 +90,14 @@ def held_out_lines(trained: Trained) -> list[str]:
 
 
 def _guidance_text(trained: Trained) -> str:
-    """Say which guidance the model was trained with."""
+    """Say which guidance the model was trained and measured with."""
     if trained.family.embeds_guidance(trained.config):
-        return f"the embedded guidance scale {trained.guidance:g}: keep `guidance_scale` there"
-    return "no guidance: keep `guidance_scale` at 1"
+        return f"with the embedded guidance scale {trained.guidance:g}"
+    return "without guidance"
 
 
 def _use_lines(trained: Trained, kind: str, address: str) -> list[str]:
-    """How to sample with the export, in diffusers and in ComfyUI."""
+    """Return how to sample with the export, in diffusers and in ComfyUI."""
     model = trained.recipe.model
     length = "" if model.text_length == trained.family.text_length else f", max_sequence_length={model.text_length}"
     steps, side = trained.recipe.evaluation.steps, model.resolution
@@ -114,7 +114,8 @@ def _use_lines(trained: Trained, kind: str, address: str) -> list[str]:
     lines = [
         "## Use",
         "",
-        f"It was trained and measured at {side} px with {_guidance_text(trained)}.",
+        f"It was trained and measured {_guidance_text(trained)} at {side} px: keep `guidance_scale` at "
+        f"{trained.guidance:g}.",
         "",
         "```python",
         "import torch",
@@ -137,12 +138,12 @@ def _use_lines(trained: Trained, kind: str, address: str) -> list[str]:
             "",
         ]
     elif kind == "peft":
-        lines += ["This is PEFT's own layout. ComfyUI would read it at the wrong strength: export comfyui for it.", ""]
+        lines += ["This is PEFT's own layout. ComfyUI would load it at the wrong strength: export comfyui for it.", ""]
     return lines
 
 
 def write_card(folder: Path, trained: Trained, texts: Texts, *, kind: str, dtype: str, deviation: float) -> None:
-    """Write README.md into an export's folder and copy the run's curves and pictures beside it."""
+    """Write README.md into an export's folder, with copies of the run's curves and images."""
     recipe, difference = trained.recipe, "nothing" if deviation == 0 else f"{deviation:.1e} of their size"
     copied = [name for name in PICTURES if (trained.folder / name).is_file()]
     for name in copied:
@@ -175,7 +176,7 @@ def write_card(folder: Path, trained: Trained, texts: Texts, *, kind: str, dtype
 
 
 def is_our_card(path: Path) -> bool:
-    """Whether a README.md is the card of an export of ours."""
+    """Return whether a README.md is the card of an export that this code wrote."""
     try:
         tags = ModelCard.load(path).data.tags if path.is_file() else None
     except (OSError, ValueError):
@@ -184,20 +185,20 @@ def is_our_card(path: Path) -> bool:
 
 
 def check_login(repository: str) -> None:
-    """Raise InputError unless `repository` is written user/name and a token for the hub is at hand."""
+    """Raise InputError unless `repository` is written user/name and there is a token for the hub."""
     try:
         validate_repo_id(repository)
-        named = repository.count("/") == 1
+        valid = repository.count("/") == 1
     except HFValidationError:
-        named = False
-    if not named:
+        valid = False
+    if not valid:
         raise InputError(f"--push is written user/name, got {repository!r}")
     if get_token() is None:
         raise InputError("--push needs a login to the hub: run `hf auth login` first, or set HF_TOKEN")
 
 
 def push(folder: Path, repository: str, public: bool = False) -> str:
-    """Upload an export's folder to the hub, into a repository that is made where there is none; its address.
+    """Upload an export's folder to a repository on the hub, created if necessary, and return the address.
 
     A new repository is private unless `public`. Raises InputError where the hub refuses or cannot be reached.
     """
@@ -207,7 +208,7 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="LoRA adapters, trained with stitch-nft"
         )
-    except Exception as error:  # a connection may fail in any way, and what is written stays
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{folder} is written but was not uploaded to {repository}: {told}") from None
+    except Exception as error:  # a connection may fail in any way; the written files are kept
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder} is written but was not uploaded to {repository}: {message}") from None
     return str(address)

@@ -1,4 +1,4 @@
-"""A run's adapters as files that people use, each verified on what is read back from disk before it gets its name."""
+"""A run's adapters as files that people use, each read back from disk and verified before it gets its name."""
 
 import math
 import warnings
@@ -26,7 +26,7 @@ WRONG = "the export is wrong and was removed"
 
 
 def write_peft(folder: Path, trained: Trained, dtype: torch.dtype) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, B as trained and alpha beside it, as PEFT reads them."""
+    """Write adapter_config.json and adapter_model.safetensors as PEFT reads them: B as trained, with alpha beside it."""
     lora = trained.recipe.lora
     layers = sorted(trained.scaling)
     LoraConfig(
@@ -43,7 +43,7 @@ def write_peft(folder: Path, trained: Trained, dtype: torch.dtype) -> None:
 
 
 def _base_weights(trained: Trained, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """The base transformer's tensors one at a time, as they are stored. Raises InputError where one cannot be read."""
+    """Yield the base transformer's tensors one at a time, as they are stored. Raises InputError if one is unreadable."""
     model = trained.recipe.model.path
     try:
         yield from read_weights(locate(model, ("transformer/*",)) / "transformer", names)
@@ -52,8 +52,10 @@ def _base_weights(trained: Trained, names: list[str]) -> Iterator[tuple[str, Ten
 
 
 def write_merged(folder: Path, trained: Trained, dtype: torch.dtype) -> None:
-    """Write the whole transformer with the deltas added in float32 before the cast, one tensor at a time in memory
-    beside the result. Raises InputError where the base cannot be read."""
+    """Write the whole transformer with the deltas added in float32 before the cast.
+
+    Beside the result, one tensor of the base at a time is in memory. Raises InputError where the base cannot be read.
+    """
     with torch.device("meta"):
         network = trained.family.transformer.from_config(trained.config)
     merged = {}
@@ -67,8 +69,8 @@ def write_merged(folder: Path, trained: Trained, dtype: torch.dtype) -> None:
     network.save_pretrained(folder, safe_serialization=True)
 
 
-def _hollow(trained: Trained, dtype: torch.dtype) -> Any:
-    """A transformer whose linear layers lie on the CPU without taking memory, for adapters to be loaded onto."""
+def _empty_network(trained: Trained, dtype: torch.dtype) -> Any:
+    """Return a transformer to load adapters onto, whose linear layers are on the CPU without using memory."""
     with torch.device("meta"):
         network = trained.family.transformer.from_config(trained.config)
     for layer in network.modules():
@@ -79,7 +81,7 @@ def _hollow(trained: Trained, dtype: torch.dtype) -> Any:
 
 
 class _Deviation:
-    """How far all deltas together lie from the trained ones, as a share of their size."""
+    """The norm of the error of all deltas together, relative to the norm of the trained deltas."""
 
     def __init__(self):
         self.error, self.size = 0.0, 0.0
@@ -88,13 +90,13 @@ class _Deviation:
         self.error += float(difference.square().sum())
         self.size += float(expected.square().sum())
 
-    def share(self) -> float:
+    def relative(self) -> float:
         return math.sqrt(self.error / self.size) if self.error else 0.0
 
 
-def _check(layer: str, found: Tensor, expected: Tensor, allowed: Tensor) -> None:
-    """Raise InputError where an entry of a delta is further from the trained one than `allowed`, or not finite."""
-    difference = (found - expected).abs()
+def _check(layer: str, result: Tensor, expected: Tensor, allowed: Tensor) -> None:
+    """Raise InputError where an entry of a delta is not finite or differs from the trained one by more than `allowed`."""
+    difference = (result - expected).abs()
     if not bool((difference <= 1.01 * allowed).all()):
         raise InputError(
             f"{WRONG}: read back, the delta of {layer} is off by up to {float(difference.max()):.3g} where "
@@ -103,7 +105,7 @@ def _check(layer: str, found: Tensor, expected: Tensor, allowed: Tensor) -> None
 
 
 def _rounding(dtype: torch.dtype) -> tuple[float, float]:
-    """What rounding to `dtype` may change: a share of a number, and the spacing of the smallest ones."""
+    """Return the largest errors of rounding to `dtype`: relative to a number, and absolute for the smallest numbers."""
     limits = torch.finfo(dtype)
     return limits.eps / 2, limits.smallest_normal * limits.eps
 
@@ -113,77 +115,77 @@ def _check_layers(trained: Trained, layers: dict[str, Any]) -> None:
         raise InputError(f"{WRONG}: read back, it adapts {len(layers)} layers, the policy {len(trained.scaling)}")
 
 
-def verify_adapters(folder: Path, trained: Trained, dtype: torch.dtype, kind: str) -> float:
-    """Load what was written through diffusers (or PEFT) onto an empty transformer of the base's configuration.
+def _peft_layers(network: Any, folder: Path) -> dict[str, Any]:
+    """Load an adapter folder through PEFT and return the adapted layers by name. Raises InputError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about keys that do not fit: the caller compares the layers
+            model = PeftModel.from_pretrained(network, str(folder), torch_device="cpu", autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"{WRONG}: PEFT cannot read it ({error})") from None
+    named = model.base_model.model.named_modules()
+    return {name: layer for name, layer in named if isinstance(layer, LoraLayer)}
 
-    Returns the deviation of all deltas, as a share of their size. Raises InputError where the layers are not the
-    policy's, or an entry of a delta is further from the trained alpha / rank * B A than rounding to `dtype` explains.
+
+def verify_adapters(folder: Path, trained: Trained, dtype: torch.dtype, kind: str) -> float:
+    """Load the written adapters through diffusers (or PEFT) onto an empty transformer of the base's configuration.
+
+    Returns the relative deviation of all deltas. Raises InputError where the layers are not the policy's, or an entry
+    of a delta differs from the trained alpha / rank * B A by more than rounding to `dtype` explains.
     """
-    network = _hollow(trained, dtype)
-    if kind == "comfyui":
-        layers = attach_lora(network, folder / LORA_NAME)
-    else:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of keys that do not fit: the layers are compared below
-                model = PeftModel.from_pretrained(
-                    network, str(folder), torch_device="cpu", autocast_adapter_dtype=False
-                )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise InputError(f"{WRONG}: PEFT cannot read it ({error})") from None
-        named = model.base_model.model.named_modules()
-        layers = {name: layer for name, layer in named if isinstance(layer, LoraLayer)}
+    network = _empty_network(trained, dtype)
+    layers = attach_lora(network, folder / LORA_NAME) if kind == "comfyui" else _peft_layers(network, folder)
     _check_layers(trained, layers)
     deviation, (unit, least) = _Deviation(), _rounding(dtype)
     fold = torch.finfo(torch.float32).eps  # the scale is folded into B in float32
     for name, layer in layers.items():
         (adapter,) = layer.lora_A
         product = layer.lora_B[adapter].weight.detach().double() @ layer.lora_A[adapter].weight.detach().double()
-        found, (a, b) = layer.scaling[adapter] * product, trained.factors(name)
-        expected, off_a, off_b = b @ a, unit * a.abs() + least, (unit + fold) * b.abs() + least
-        _check(name, found, expected, b.abs() @ off_a + off_b @ (a.abs() + off_a))
-        deviation.add(found - expected, expected)
-    return deviation.share()
+        result, (a, b) = layer.scaling[adapter] * product, trained.factors(name)
+        expected, error_a, error_b = b @ a, unit * a.abs() + least, (unit + fold) * b.abs() + least
+        _check(name, result, expected, b.abs() @ error_a + error_b @ (a.abs() + error_a))
+        deviation.add(result - expected, expected)
+    return deviation.relative()
 
 
 def verify_merged(folder: Path, trained: Trained, dtype: torch.dtype) -> float:
-    """As `verify_adapters`, for a whole transformer: adapted weights hold their deltas, all others are the base's.
+    """Verify a whole transformer as `verify_adapters` does: adapted weights hold their deltas, others are the base's.
 
-    The deviation is that from the base in `dtype`: rounding the sum may swallow a good part of a small delta.
+    The deviation is measured against the base in `dtype`: rounding the sum may lose a large part of a small delta.
     """
     try:
         written = trained.family.transformer.from_pretrained(folder, dtype=dtype, use_safetensors=True).state_dict()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        told = str(error).splitlines()[0]
-        raise InputError(f"{WRONG}: diffusers cannot read it ({told})") from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{WRONG}: diffusers cannot read it ({reason})") from None
     deviation, (unit, least) = _Deviation(), _rounding(dtype)
-    single = torch.finfo(torch.float32).eps  # the product and the sum are made in float32
+    single = torch.finfo(torch.float32).eps  # the product and the sum are computed in float32
     for name, weight in _base_weights(trained, list(written)):
         layer, cast = name.removesuffix(".weight"), weight.to(dtype)
         if layer in trained.scaling:
-            found, base = written[name].double(), weight.double()
+            result, base = written[name].double(), weight.double()
             a, b = trained.factors(layer)
             expected = b @ a
-            summed = (unit + single) * (base + expected).abs() + a.shape[0] * single * (b.abs() @ a.abs()) + least
-            _check(layer, found - base, expected, summed)
-            deviation.add(found - cast.double() - expected, expected)
+            allowed = (unit + single) * (base + expected).abs() + a.shape[0] * single * (b.abs() @ a.abs()) + least
+            _check(layer, result - base, expected, allowed)
+            deviation.add(result - cast.double() - expected, expected)
         elif not torch.equal(written[name], cast):
             raise InputError(f"{WRONG}: read back, {name} is not the base's")
-    return deviation.share()
+    return deviation.relative()
 
 
 def check_destination(out: Path, replace: bool) -> None:
-    """Raise InputError where `out` is taken, unless by an earlier export that is to be replaced."""
+    """Raise InputError where `out` exists, unless it is an earlier export that may be replaced."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() and not is_our_card(out / "README.md"):
         raise InputError(f"{out} exists and is no export of ours: it is left as it is; give another --out")
     if out.exists() and not replace:
-        raise InputError(f"{out} exists; add --replace to write it anew, or give another --out")
+        raise InputError(f"{out} exists; add --replace to overwrite it, or give another --out")
 
 
 def _write(folder: Path, trained: Trained, kind: str, dtype: torch.dtype, texts: Texts) -> float:
-    """Write the weights and read them back; returns the deviation of their deltas."""
+    """Write the weights, read them back and return the deviation of their deltas."""
     if kind == "merged":
         write_merged(folder / "transformer", trained, dtype)
         return verify_merged(folder / "transformer", trained, dtype)
@@ -206,20 +208,20 @@ def _write(folder: Path, trained: Trained, kind: str, dtype: torch.dtype, texts:
 def export(
     trained: Trained, kind: str, dtype: str | None, out: Path, texts: Texts, *, replace: bool = False
 ) -> tuple[int, float]:
-    """Write `out`: weights as `kind`, one of FORMATS, in `dtype` (by default float32, merged the base's), with a card.
+    """Write the folder `out`: weights as `kind`, one of FORMATS, in `dtype`, and a card.
 
-    Returns the number of layers and the deviation of their deltas. Raises InputError, and leaves nothing, where `out`
-    is taken or cannot be written, or what was written does not verify.
+    `dtype` is by default float32, and for merged weights that of the base. Returns the number of layers and the
+    deviation of their deltas. Raises InputError, and leaves no file, where `out` exists or cannot be written, or the
+    files do not verify.
     """
     one_of("--format", kind, FORMATS)
     dtype = dtype or (trained.recipe.model.dtype if kind == "merged" else "float32")
     one_of("--dtype", dtype, DTYPES)
-    number = getattr(torch, dtype)
     check_destination(out, replace)
     try:
         with staged(out) as folder:
             folder.mkdir()
-            deviation = _write(folder, trained, kind, number, texts)
+            deviation = _write(folder, trained, kind, getattr(torch, dtype), texts)
             write_card(folder, trained, texts, kind=kind, dtype=dtype, deviation=deviation)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from None

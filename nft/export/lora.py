@@ -1,4 +1,4 @@
-"""LoRA files that diffusers and ComfyUI both load: the one writer, and a loader that counts what it attached."""
+"""LoRA files that diffusers and ComfyUI both load: the only writer, and a loader that counts what it attached."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -16,16 +16,17 @@ from torch import Tensor
 from nft.config import Recipe
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import family_of
+from stitchvm_reward.families.family import Family
 from stitchvm_reward.files import staged
 
-PREFIX = "transformer."
+PREFIX = Family.lora_prefix  # the same for all families, so that a file can be read before its model is known
 LORA_NAME = "stitch_nft_lora.safetensors"
 
 
 def lora_tensors(
     matrices: Mapping[str, Tensor], scaling: Mapping[str, float], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """`transformer.LAYER.lora_A/B.weight` in `dtype`, of matrices LAYER.lora_A (rank, in) and LAYER.lora_B (out, rank).
+    """Return PREFIX + `LAYER.lora_A/B.weight` in `dtype` for LAYER.lora_A (rank, in) and LAYER.lora_B (out, rank).
 
     Each layer's factor is folded into B in float32, before the cast. Both loaders read this layout alike; a separate
     alpha would be applied by one and ignored by the other.
@@ -40,12 +41,12 @@ def lora_tensors(
 
 
 def reward_text(recipe: Recipe) -> str:
-    """What a recipe rewards, as its weighted sum."""
+    """Return a recipe's weighted sum of rewards as text."""
     return " + ".join(f"{reward.weight:g} x {reward.name}" for reward in recipe.rewards)
 
 
 def default_title(recipe: Recipe) -> str:
-    """What a run's adapters are called unless the user says otherwise."""
+    """Return the title of a run's adapters where the user gives none."""
     return f"stitch-nft {Path(recipe.out).name}"
 
 
@@ -59,12 +60,12 @@ def lora_header(
     license_name: str | None = None,
     author: str | None = None,
 ) -> dict[str, str]:
-    """A safetensors header after the modelspec standard, for adapters on a transformer of configuration `config`.
+    """Return a safetensors header as the modelspec standard defines it, for adapters of a transformer's `config`.
 
-    The architecture and a licence are told where the shape is a published one's; `date` is now by default.
+    Architecture and licence are included where the configuration has the shape of a published model. The default of
+    `date` is now.
     """
-    name = Path(recipe.out).name
-    family = family_of(recipe.model.path)
+    name, family = Path(recipe.out).name, family_of(recipe.model.path)
     published = family.published_as(config)
     header = {
         "format": "pt",
@@ -77,8 +78,9 @@ def lora_header(
         f"recipe {name}, reward {reward_text(recipe)}, epoch {epoch}",
     }
     if published is not None:
-        header["modelspec.architecture"] = f"{family.published[published].modelspec}/lora"
-        header["modelspec.license"] = family.published[published].license_name
+        model = family.published[published]
+        header["modelspec.architecture"] = f"{model.modelspec}/lora"
+        header["modelspec.license"] = model.license_name
     if license_name is not None:
         header["modelspec.license"] = license_name
     if author is not None:
@@ -93,19 +95,19 @@ def save_lora(
     header: dict[str, str],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write one adapter as a single safetensors file, which is there whole or not at all."""
+    """Write one adapter as a single safetensors file, complete or not at all."""
     with staged(path) as file:
         file.write_bytes(save(lora_tensors(matrices, scaling, dtype), metadata=header))
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The header of a safetensors file. Raises InputError where it cannot be read as one."""
+    """Return the header of a safetensors file. Raises InputError where it cannot be read."""
     with _opened(path) as file:
         return file.metadata() or {}
 
 
 def lora_layers(path: Path) -> set[str]:
-    """The transformer layers that a LoRA file in the layout of `lora_tensors` is for.
+    """Return the transformer layers of a LoRA file in the layout of `lora_tensors`.
 
     Raises InputError for a file that cannot be read, is in PEFT's own layout or holds no such layer.
     """
@@ -113,7 +115,7 @@ def lora_layers(path: Path) -> set[str]:
         keys = list(file.keys())
     if any(key.startswith("base_model.model.") for key in keys):
         raise InputError(
-            f"{path} is in PEFT's layout, of which diffusers attaches nothing; export with --format comfyui instead"
+            f"{path} is in PEFT's layout, from which diffusers attaches nothing; export with --format comfyui instead"
         )
     ending = ".lora_A.weight"
     layers = {key[len(PREFIX) : -len(ending)] for key in keys if key.startswith(PREFIX) and key.endswith(ending)}
@@ -123,9 +125,9 @@ def lora_layers(path: Path) -> set[str]:
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:
-    """The matrices of a file in the layout of `lora_tensors`: LAYER.lora_A and LAYER.lora_B in float32, scale in B.
+    """Return LAYER.lora_A and LAYER.lora_B of a file in the layout of `lora_tensors`, in float32, the scale in B.
 
-    Raises InputError as `lora_layers` does, and for a file that holds anything else, whose meaning is not known here.
+    Raises InputError as `lora_layers` does, and for a file with any other tensor, whose meaning would be unknown.
     """
     layers = lora_layers(path)
     names = {f"{PREFIX}{layer}.{part}.weight": f"{layer}.{part}" for layer in layers for part in ("lora_A", "lora_B")}
@@ -149,7 +151,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _silent(name: str) -> Iterator[None]:
-    """Keep a library's log quiet: what went wrong is told in one line by the caller."""
+    """Silence a library's log; the caller reports errors in one line."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -160,9 +162,9 @@ def _silent(name: str) -> Iterator[None]:
 
 
 def attach_lora(model: Any, path: Path) -> dict[str, Any]:
-    """Load a LoRA file into a diffusers pipeline, or into its transformer alone; the adapted layers by name.
+    """Load a LoRA file into a diffusers pipeline, or into a transformer, and return the adapted layers by name.
 
-    diffusers may attach only a part of a file, or nothing, without raising. Raises InputError unless every layer of
+    diffusers may attach only a part of a file, or nothing, without an error. Raises InputError unless every layer of
     the file was attached and no other.
     """
     expected = lora_layers(path)
@@ -171,8 +173,8 @@ def attach_lora(model: Any, path: Path) -> dict[str, Any]:
         with _silent("diffusers"):
             load(str(path))
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} does not fit this model ({told}); give the base that it was trained on") from None
+        message = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} does not fit this model ({message}); give the base that it was trained on") from None
     transformer = getattr(model, "transformer", model)
     layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
     if layers.keys() != expected:

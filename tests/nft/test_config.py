@@ -188,8 +188,8 @@ def test_a_value_out_of_range_is_refused_with_its_key(load, override):
         ([], "at least one reward"),
         (
             [{"kind": "magic", "model": "x"}],
-            "rewards.kind must be package.module:Class or one of aesthetic, clip, dfn_clip, hpsv2, pickscore, function, "
-            "value, got 'magic'",
+            "rewards.kind must be package.module:Class or one of aesthetic, clip, dfn_clip, hpsv2, pickscore, "
+            "function, value, got 'magic'",
         ),
         ([{"kind": "clip"}], "needs model"),
         ([{"kind": "pickscore"}], "a reward of kind pickscore needs model"),

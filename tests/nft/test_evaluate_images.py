@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
-from nft.export.card import Texts
 from nft.evaluation.measure import compare, evaluate_images, interval, table
+from nft.export.card import Texts
 from nft.export.files import export
 from nft.export.lora import LORA_NAME
 from nft.export.trained import read_trained

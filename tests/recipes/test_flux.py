@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from safetensors.torch import load_file
 
 from nft.config import load_recipe
 from nft.cost.plan import print_plan
-from tests.tiny import DRAFT, STOPPED
+from tests.tiny import DRAFT, ROOT, STOPPED
 
 RECIPE = "recipes/shapes/flux_aesthetic.yaml"
 VALUE = "rewards=[{kind: value, value_model: miniature/weights/value/flux/aesthetic}]"
@@ -17,6 +18,12 @@ KINDS = {
     "stopped": (*STOPPED, VALUE, "train.learning_rate=1e-3"),
     "draft": (*DRAFT, "train.draft_steps=2", "train.learning_rate=1e-3"),
 }
+
+
+def slow(value) -> ParameterSet:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 LAYERS = 3 * 8 + 5 * 3  # eight projections per double block, three per single block
 
 
@@ -38,13 +45,13 @@ def test_a_run_trains_and_leaves_a_lora_file_for_all_attention_layers(straight, 
         assert ("train/old_deviation" in row) == (kind != "draft")
     before, after = adapters(run, 1), adapters(run, 2)
     changed = [key for key in after if key.startswith("current/") and not torch.equal(before[key], after[key])]
-    # A and B of every layer; the text queries of the last double block and the like may stay, these may not.
     assert len(changed) > LAYERS
     file = load_file(run / "lora.safetensors")
     assert len(file) == 2 * LAYERS and all(key.startswith("transformer.") for key in file)
     assert any("single_transformer_blocks" in key for key in file)
 
 
+@pytest.mark.parametrize("straight", [slow("full"), "stopped", slow("draft")], indirect=True)
 def test_a_run_that_was_stopped_continues_bit_for_bit(straight, train, digests, rows, tmp_path):
     kind, run = straight
     train(tmp_path / "run", *KINDS[kind], "epochs=1", recipe=RECIPE)
@@ -80,9 +87,10 @@ def test_the_value_model_runs_on_the_blocks_of_the_generator(make_trainer, tmp_p
 
 # Parameters of the transformer, adapted layers.
 PUBLISHED = {"flux": ("11,901,408,320", 266), "sd35l": ("8,056,627,520", 303)}
+RECIPES = [path.relative_to(ROOT) for name in PUBLISHED for path in sorted((ROOT / "recipes" / name).glob("*.yaml"))]
 
 
-@pytest.mark.parametrize("path", sorted(Path("recipes").glob("flux/*.yaml")) + sorted(Path("recipes").glob("sd35l/*.yaml")))
+@pytest.mark.parametrize("path", [path if path.stem == "aesthetic" else slow(path) for path in RECIPES], ids=str)
 def test_the_plan_of_a_published_model_tells_its_size_memory_and_flops(path, capsys):
     parameters, layers = PUBLISHED[path.parent.name]
     recipe = load_recipe(path)

@@ -107,7 +107,7 @@ def test_too_few_good_images_are_an_error(stitch, tmp_path):
         ("reward.model=/nowhere", "model folder not found: /nowhere"),
         ("reward.model=weights/hps.pt", "rewards.open_clip weights/hps.pt OUT --tokenizer"),
         ("reward.head=/nowhere", "aesthetic head not found: /nowhere"),
-        ("model.path=/nowhere", "/nowhere"),
+        ("model.path=/nowhere", "model folder not found: /nowhere"),
     ],
 )
 def test_bad_recipes_are_refused_before_anything_is_written(stitch, tmp_path, override, told):

@@ -103,7 +103,7 @@ def test_an_out_that_cannot_be_written_is_told_before_anything_is_measured(launc
 def test_models_that_cannot_stand_in_one_table_are_refused(launched, aesthetic_folder, clip_folder, image_folder):
     for others, told in (
         (["/nowhere"], "value model not found: /nowhere"),
-        ([clip_folder], "have not the same reward"),
+        ([clip_folder], "do not have the same reward"),
         ([aesthetic_folder], "needs a unique name"),
     ):
         code, _, error = launched("evaluate", "value", aesthetic_folder, *others, "--images", image_folder)

@@ -1,4 +1,4 @@
-"""What a recipe costs at its real shapes, with random weights: python launch/benchmark.py RECIPE"""
+"""Measure the cost of a recipe at its real shapes, with random weights: python launch/benchmark.py RECIPE"""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/benchmark.py",
-        description="Time what a recipe does, in one run, with random weights of its shapes: nothing is downloaded. "
+        description="Time the work of a recipe with random weights of its shapes; nothing is downloaded. "
         "For a training recipe: encoding a prompt, a rollout step, decoding, scoring an image and its latent, a "
         "training level, the optimizer. For a stitching recipe: one stitched score beside one by Tweedie's estimate "
         "(denoise, decode, score); where it leaves the blocks to the search, block 4 and reward block 1 are used. With "
@@ -36,17 +36,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def score_benchmark(recipe: Any, batch: int, repeats: int, device: Any) -> tuple[dict[str, Any], list[str]]:
-    """One stitched score beside one by Tweedie's estimate."""
+    """Measure one stitched score and one by Tweedie's estimate, and return the results and the printed table."""
     from stitchvm_reward.stitching.benchmark import score_costs
 
     rows = score_costs(recipe, batch, repeats, device)
     stitched, tweedie = rows
-    told = [f"{'one score':12}{'ms':>12}{'GFLOP':>12}{'peak MiB':>12}"]
+    table = [f"{'one score':12}{'ms':>12}{'GFLOP':>12}{'peak MiB':>12}"]
     for row in rows:
         memory = "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        told.append(f"{row['method']:12}{row['milliseconds']:12.2f}{row['gigaflop']:12.2f}{memory:>12}")
+        table.append(f"{row['method']:12}{row['milliseconds']:12.2f}{row['gigaflop']:12.2f}{memory:>12}")
     ratios = (tweedie[key] / stitched[key] for key in ("milliseconds", "gigaflop"))
-    told.append("stitched is {:.2f}x cheaper in time, {:.2f}x in FLOPs".format(*ratios))
+    table.append("stitched is {:.2f}x cheaper in time, {:.2f}x in FLOPs".format(*ratios))
     about = {
         "backbone": recipe.model.path,
         "resolution": recipe.model.resolution,
@@ -54,21 +54,21 @@ def score_benchmark(recipe: Any, batch: int, repeats: int, device: Any) -> tuple
         "reward": recipe.reward.model,
         "batch": batch,
     }
-    return about | {"scores": rows}, told
+    return about | {"scores": rows}, table
 
 
 def steering_benchmark(recipe: Any, repeats: int, device: Any, shapes_only: bool) -> tuple[dict[str, Any], list[str]]:
-    """One step of sampling, plain and steered by either value."""
+    """Measure one step of sampling, plain and steered by either value; returns as `score_benchmark` does."""
     from stitchvm_reward.families import family_of
     from stitchvm_reward.steering.benchmark import guided_step_costs
 
     guidance = family_of(recipe.model.path).steering_guidance
     rows = guided_step_costs(recipe, guidance, repeats, device, shapes_only)
-    told = [f"{'one step':28}{'ms':>12}{'GFLOP':>12}{'peak MiB':>12}"]
+    table = [f"{'one step':28}{'ms':>12}{'GFLOP':>12}{'peak MiB':>12}"]
     for row in rows:
         time = "-" if row["milliseconds"] is None else f"{row['milliseconds']:.2f}"
-        told.append(f"{row['method']:28}{time:>12}{row['gigaflop']:12.2f}{row['peak_mib']:12.0f}")
-    told.append(f"beside {rows[0]['weights_mib']:.0f} MiB of the transformer's weights")
+        table.append(f"{row['method']:28}{time:>12}{row['gigaflop']:12.2f}{row['peak_mib']:12.0f}")
+    table.append(f"beside {rows[0]['weights_mib']:.0f} MiB of the transformer's weights")
     about = {
         "backbone": recipe.model.path,
         "resolution": recipe.model.resolution,
@@ -76,16 +76,16 @@ def steering_benchmark(recipe: Any, repeats: int, device: Any, shapes_only: bool
         "reward": recipe.reward.model,
         "guidance": guidance,
     }
-    return about | {"steps": rows}, told
+    return about | {"steps": rows}, table
 
 
 def training_benchmark(recipe: Any, repeats: int, device: Any) -> tuple[dict[str, Any], list[str]]:
-    """Every phase of a training recipe."""
+    """Measure every phase of a training recipe; returns as `score_benchmark` does."""
     from nft.cost.benchmark import lines, measure
 
-    found = measure(recipe, repeats, device)
+    result = measure(recipe, repeats, device)
     about = {"backbone": recipe.model.path, "resolution": recipe.model.resolution, "dtype": recipe.model.dtype}
-    return about | found, lines(found)
+    return about | result, lines(result)
 
 
 def is_stitching(path: Path) -> bool:
@@ -121,16 +121,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.shapes_only and not arguments.steering:
         raise InputError("--shapes-only needs --steering")
     if arguments.steering:
-        found, told = steering_benchmark(recipe, arguments.repeats, device, arguments.shapes_only)
+        result, table = steering_benchmark(recipe, arguments.repeats, device, arguments.shapes_only)
     elif stitching:
-        found, told = score_benchmark(recipe, arguments.batch, arguments.repeats, device)
+        result, table = score_benchmark(recipe, arguments.batch, arguments.repeats, device)
     else:
-        found, told = training_benchmark(recipe, arguments.repeats, device)
-    found = machine(device) | {"recipe": str(arguments.recipe), "overrides": arguments.overrides} | found
-    print("  ".join(f"{name} {value}" for name, value in found.items() if not isinstance(value, list | float)))
-    print("\n".join(told))
+        result, table = training_benchmark(recipe, arguments.repeats, device)
+    result = machine(device) | {"recipe": str(arguments.recipe), "overrides": arguments.overrides} | result
+    print("  ".join(f"{name} {value}" for name, value in result.items() if not isinstance(value, list | float)))
+    print("\n".join(table))
     if arguments.out is not None:
-        write_json(arguments.out, found)
+        write_json(arguments.out, result)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Measure value models, pictures of a base and a tuned model, or ways of steering:
+"""Measure value models, images of a base and a tuned model, or methods of steering:
 
 python launch/evaluate.py value FOLDER... --images FOLDER
 python launch/evaluate.py images RECIPE --lora FILE
@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-# This file is called as a script of the repository: its root must come before this folder.
+# This file runs as a script: the root of the repository must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from stitchvm_reward.command import available_device, hide_loading_bars, run_command  # noqa: E402
@@ -20,60 +20,61 @@ from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/evaluate.py",
-        description="Measure value models, pictures of a base and a tuned model, or ways of steering.",
+        description="Measure value models, images of a base and a tuned model, or methods of steering.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     value = commands.add_parser(
         "value",
-        description="The quality of value models of one reward at several noise levels, beside the reward on clean "
-        "images, Tweedie's estimate and a Monte Carlo estimate, and what one score costs. Models whose run folders "
-        "differ only in a trailing -seedN are reported together. The paper's baseline, the same tail on the raw "
-        "latent, is one more model: stitch it with backbone.block=0.",
+        description="Measure the quality of value models of one reward at several noise levels, compared with the "
+        "reward on clean images, Tweedie's estimate and a Monte Carlo estimate, and the cost of one score. Models "
+        "whose run folders differ only in a trailing -seedN are reported together. For the paper's baseline, the same "
+        "tail on the raw latent, stitch a model with backbone.block=0.",
     )
-    value.add_argument("folders", type=Path, nargs="+", help="value models, as launch/stitch.py writes them")
+    value.add_argument("folders", type=Path, nargs="+", help="value models that launch/stitch.py wrote")
     value.add_argument("--images", required=True, help="folder of images (with NAME.txt captions) or a hub data set")
-    value.add_argument("--count", type=int, default=200, help="images")
+    value.add_argument("--count", type=int, default=200, help="number of images")
     value.add_argument("--sigmas", type=float, nargs="+", default=[0.1, 0.25, 0.5, 0.75, 0.9], help="noise levels")
-    value.add_argument("--truth", metavar="MODULE:FUNCTION", help="a true score of (images, captions)")
-    value.add_argument("--rollouts", type=int, default=4, help="of the Monte Carlo estimate; 0 leaves it out")
+    value.add_argument("--truth", metavar="MODULE:FUNCTION", help="true score, a function of (images, captions)")
+    value.add_argument("--rollouts", type=int, default=4, help="rollouts per Monte Carlo estimate; 0: none")
     value.add_argument("--truth-latents", type=int, default=8, help="latents whose error is measured; 0: none")
-    value.add_argument("--truth-rollouts", type=int, default=64, help="rollouts that stand for the truth there")
+    value.add_argument("--truth-rollouts", type=int, default=64, help="rollouts per latent that define the truth there")
     value.add_argument("--micro-batch", type=int, default=32, help="latents scored at once")
-    value.add_argument("--seed", type=int, default=0, help="of the noise")
+    value.add_argument("--seed", type=int, default=0, help="seed of the noise")
     value.add_argument("--out", type=Path, help="JSON file to write, with a plot beside it as PNG")
     images = commands.add_parser(
         "images",
-        description="The rewards and measures of a recipe on pictures of its held-out prompts, by its model and by the "
-        "same with a LoRA file from the same noise: means, the paired difference with its 95% confidence interval "
-        "(Student's t over prompts), and the shares of prompts that became better and worse.",
+        description="Measure a recipe's rewards and metrics on images of its held-out prompts, by its model with and "
+        "without a LoRA file from the same noise: means, the paired difference with its 95% confidence interval "
+        "(Student's t over prompts), and the shares of prompts that improved and got worse.",
     )
     images.add_argument("recipe", help="a recipe file, such as recipes/shapes/aesthetic.yaml, or a run's recipe.yaml")
     images.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set")
-    images.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA file, as launch/export.py writes it")
+    images.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA file that launch/export.py wrote")
     images.add_argument("--count", type=int, help="held-out prompts; default: the recipe's evaluation.samples")
-    images.add_argument("--seed", type=int, help="of the noise; default: the recipe's")
+    images.add_argument("--seed", type=int, help="seed of the noise; default: the recipe's")
     images.add_argument("--out", type=Path, metavar="FILE.json", help="JSON file to write")
     steering = commands.add_parser(
         "steering",
-        description="The arms of a comparison: reward and measures on one picture a prompt and seed, a JSON file for "
-        "each arm and seed in the comparison's folder (those that are there are kept, so that a stopped comparison "
-        "goes on), or with --cost what a picture costs by every arm, in one run. --plot draws what is there.",
+        description="Measure the arms of a comparison: reward and measures on one image per prompt and seed. Each arm "
+        "and seed is written to a JSON file in the comparison's folder; existing files are kept, so that a stopped "
+        "comparison continues. With --cost, measure the cost of an image by every arm instead. --plot draws the "
+        "results so far.",
     )
     steering.add_argument("recipe", help="a comparison, such as recipes/steer/compare_dps.yaml")
     steering.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set")
     steering.add_argument("--cost", action="store_true", help="measure seconds, FLOPs and memory instead")
-    steering.add_argument("--plot", type=Path, metavar="OUT.png", help="only tabulate and draw what was measured")
-    found, rest = parser.parse_known_args(arguments)
-    # Of a subcommand, argparse does not take up positionals again that follow an option.
-    if rest and (found.command == "value" or any(word.startswith("-") for word in rest)):
+    steering.add_argument("--plot", type=Path, metavar="OUT.png", help="only tabulate and draw existing results")
+    parsed, rest = parser.parse_known_args(arguments)
+    # In a subcommand, argparse does not accept positional arguments that follow an option.
+    if rest and (parsed.command == "value" or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if found.command != "value":
-        found.overrides += rest
-    return found
+    if parsed.command != "value":
+        parsed.overrides += rest
+    return parsed
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot be measured, before anything is loaded."""
+    """Raise InputError for arguments that cannot work, before anything is loaded."""
     for name in ("count", "micro_batch"):
         if getattr(arguments, name) < 2:
             raise InputError(f"--{name.replace('_', '-')} must be at least 2, got {getattr(arguments, name)}")

@@ -1,4 +1,4 @@
-"""Reference curves: the metrics that a recipe's first epochs gave, and whether a rerun gives them again."""
+"""Reference curves: the metrics of a recipe's first epochs, and a comparison of a rerun with them."""
 
 import importlib.metadata
 import json
@@ -20,35 +20,40 @@ from stitchvm_reward.runs.tracking import read_metrics
 CLOSE_SHARE = 0.02  # of the reference value
 CLOSE_LEAST = 0.01
 VERDICTS = ("equal", "close", "different")
+DIGITS = 6  # significant digits that references keep
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def reference_path(recipe_path: Path) -> Path:
-    """Where the reference of a recipe file lies."""
+    """Return the path of a recipe file's reference."""
     return recipe_path.parent / "reference" / f"{recipe_path.stem}.json"
 
 
 def comparable(row: dict[str, float]) -> dict[str, float]:
-    """A row of metrics without what depends on the machine's speed."""
+    """Return a row of metrics without those that depend on the machine's speed."""
     return {name: value for name, value in row.items() if not name.startswith(("seconds/", "images_per"))}
 
 
 def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip() or "unknown"
+    result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return result.stdout.strip() or "unknown"
 
 
-def _verdict(expected: float, found: float | None) -> str:
-    if found is None or not math.isfinite(found):
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def _verdict(expected: float, result: float | None) -> str:
+    if result is None or not math.isfinite(result):
         return "different"
-    if float(f"{found:.6g}") == float(f"{expected:.6g}"):  # references keep six significant digits
+    if _rounded(result) == _rounded(expected):
         return "equal"
-    return "close" if abs(found - expected) <= max(CLOSE_LEAST, CLOSE_SHARE * abs(expected)) else "different"
+    return "close" if abs(result - expected) <= max(CLOSE_LEAST, CLOSE_SHARE * abs(expected)) else "different"
 
 
-def compare(expected: list[dict[str, float]], found: list[dict[str, float]]) -> list[tuple[str, str, str]]:
-    """For each metric: (name, worst verdict over the epochs, where and by how much it differs most)."""
-    by_epoch = {row["epoch"]: row for row in found}
+def compare(expected: list[dict[str, float]], rerun: list[dict[str, float]]) -> list[tuple[str, str, str]]:
+    """Return for each metric its name, the worst verdict over the epochs, and where and by how much it differs most."""
+    by_epoch = {row["epoch"]: row for row in rerun}
     results = []
     for name in dict.fromkeys(name for row in expected for name in row if name not in ("epoch", "step")):
         rows = [(row["epoch"], row[name], by_epoch.get(row["epoch"], {}).get(name)) for row in expected if name in row]
@@ -74,7 +79,7 @@ def _rerun(recipe: Recipe, folder: Path, epochs: int) -> list[dict[str, float]]:
 
 
 def run(recipe: Recipe, recipe_path: Path, folder: Path, record: int | None) -> int:
-    """Write the reference of `record` epochs, or compare with it; 0 when nothing differs, 1 otherwise."""
+    """Write the reference of `record` epochs, or compare with it. Returns 1 if a metric is different, otherwise 0."""
     path = reference_path(recipe_path)
     if record:
         rows = _rerun(recipe, folder, record)

@@ -20,7 +20,7 @@ from stitchvm_reward.runs.geometry import share
 
 GRADIENT, SCORE, MEETING = 4, 8, 3 * 8  # bytes: a float32, a float64, the three int64 of RankSync.sync
 TERM = 4  # bytes: a float32
-EPOCHS = 4  # whose stops an estimate averages
+EPOCHS = 4  # an estimate is averaged over the stops of this many epochs
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> 
     rounds = sum(geometry.rounds(update) for update in range(updates))
     scores = SCORE * geometry.samples
     audits = 1 / recipe.audit.every if recipe.audit.every else 0.0
-    found = [
+    messages = [
         Message("gradients", updates, GRADIENT * adapter_parameters),
         Message("loss sums", updates, TERM * (len(objective.terms) + 1)),
-        # Each reward and their sum; which prompt a sample is of, and where its rollout stopped.
+        # Each reward and their sum; per sample, its prompt and the level at which its rollout stopped.
         Message("rewards", len(recipe.rewards) + 1, scores),
         Message("groups and tau", objective.gathered, scores),
         Message("meetings of the rollout", 1 + most(geometry), MEETING),
@@ -64,7 +64,7 @@ def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> 
         Message("audit: values and rewards", 2 * audits, scores),
         Message("audit: meeting", audits, MEETING),
     ]
-    return [message for message in found if message.times]
+    return [message for message in messages if message.times]
 
 
 def bytes_per_evaluation(recipe: Recipe, processes: int) -> list[Message]:
@@ -88,25 +88,26 @@ def most(geometry: Geometry) -> int:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Assumptions about a machine, none of them measured here: FLOP/s, bytes a second, seconds."""
+    """Assumptions about a machine, none of them measured: FLOP/s, bytes per second, seconds."""
 
     peak: float = 989e12
-    """Of one GPU: H100, dense bf16, its data sheet."""
+    """FLOP/s of one GPU: H100, dense bf16, from its data sheet."""
     reached: float = 0.45
-    """Share of that peak that every phase reaches, whatever the micro batch."""
+    """Share of that peak that every phase reaches, for any micro batch."""
     node: int = 8
-    """GPUs that NVLink connects."""
+    """GPUs connected by NVLink."""
     inside: float = 450e9
-    """Each GPU's, within a node."""
+    """Bandwidth of each GPU within a node."""
     between: float = 50e9
-    """Each GPU's, where there are several nodes: 400 Gb/s InfiniBand. A ring is taken to be as slow throughout."""
+    """Bandwidth of each GPU between nodes: 400 Gb/s InfiniBand. A ring over several nodes is assumed to be this slow
+    throughout."""
     latency: float = 10e-6
-    """Of one step of a collective."""
+    """Seconds per step of a collective."""
 
     def seconds(self, message: Message, processes: int) -> float:
-        """Time of all messages of a kind, nothing of them hidden behind computation.
+        """Return the time of all messages of one kind, with no overlap with computation.
 
-        Bytes go round a ring; a reduction takes as many steps as a tree there and back.
+        Bytes are counted as in a ring all-reduce, steps as in a tree: up and down once.
         """
         if processes == 1:
             return 0.0
@@ -116,58 +117,61 @@ class Cluster:
 
 
 def grown(recipe: Recipe, processes: int, base: int) -> Recipe:
-    """The recipe with an epoch that grows with the GPUs: as many groups for each as it has on `base` of them."""
+    """Return the recipe with more groups: as many per GPU on `processes` as it has on `base` of them."""
     return replace(recipe, rollout=replace(recipe.rollout, groups=-(-recipe.rollout.groups * processes // base)))
 
 
 def _rounds(costs: list[float], batches: Sequence[Sequence[int]]) -> float:
-    """What processes need that meet after each micro batch: the dearest of each round. `batches` are by process."""
-    longest = max(len(own) for own in batches)
-    return sum(max(costs[own[place]] for own in batches if place < len(own)) for place in range(longest))
+    """Return the total cost of processes that sync after each micro batch: per round, that of the most expensive one.
+
+    `costs` are by micro batch and `batches` by process.
+    """
+    longest = max(len(local) for local in batches)
+    return sum(max(costs[local[place]] for local in batches if place < len(local)) for place in range(longest))
 
 
-def _flops(recipe: Recipe, geometry: Geometry, found: Costs, stops: Sequence[float]) -> tuple[float, float]:
-    """FLOPs of a process in an epoch: its even part of the work, and with the wait for the dearest of each round.
+def _flops(recipe: Recipe, geometry: Geometry, cost: Costs, stops: Sequence[float]) -> tuple[float, float]:
+    """Return the FLOPs per process and epoch: an even share of the work, and with the waits in each round.
 
     `stops` are the solver steps of each group.
     """
-    phases = {name: 1e12 * cost / geometry.samples for name, cost in work(recipe, geometry, found).items()}
+    phases = {name: 1e12 * size / geometry.samples for name, size in work(recipe, geometry, cost).items()}
     after = phases["decode"] + phases["score"]
     members = [geometry.members(batch) for batch in range(geometry.batches)]
     left = objective_class(recipe.train.objective).cost(recipe.train).solver_steps
     rollout = [
-        sum((stops[n // geometry.group_size] - left) * found.forward_flops + after for n in samples)
+        sum((stops[n // geometry.group_size] - left) * cost.forward_flops + after for n in samples)
         for samples in members
     ]
     training = [len(samples) * phases["train"] for samples in members]
     dealt = geometry.deal([sum(stops[n // geometry.group_size] for n in samples) for samples in members])
     waited = _rounds(rollout, dealt)
     for update in range(geometry.updates):
-        waited += _rounds(training, [geometry.trained_in(update, own) for own in dealt])
+        waited += _rounds(training, [geometry.trained_in(update, local) for local in dealt])
     return (sum(rollout) + sum(training)) / geometry.processes, waited
 
 
-def estimate(recipe: Recipe, found: Costs, processes: int, cluster: Cluster) -> dict[str, Any]:
-    """Seconds of an epoch on so many GPUs by what they go into, images a second, and the share that is not lost.
+def estimate(recipe: Recipe, cost: Costs, processes: int, cluster: Cluster) -> dict[str, Any]:
+    """Return the seconds of an epoch on so many GPUs by cause, the images per second and the efficiency.
 
-    `seconds_even` is what an even share of the work takes. The processes meet after every micro batch:
-    `seconds_undivided` is lost where micro batches do not divide by processes, `seconds_stops` where rollouts that
-    stop at different steps meet. `efficiency` is the even share over the whole. Audits, evaluation and checkpoints
-    are left out.
+    `seconds_even` is the time of an even share of the work. The processes sync after every micro batch:
+    `seconds_undivided` is lost where the number of micro batches is not a multiple of the processes, `seconds_stops`
+    where rollouts that stop at different steps wait. `efficiency` is the even share divided by the total.
+    Audits, evaluation and checkpoints are not included.
     """
     geometry, window = recipe_geometry(recipe, processes), recipe.rollout.stop_window
     level = sum(window) / 2 if window else recipe.rollout.steps
     rate = cluster.peak * cluster.reached
-    even, waited = (flops / rate for flops in _flops(recipe, geometry, found, [level] * geometry.groups))
+    even, waited = (flops / rate for flops in _flops(recipe, geometry, cost, [level] * geometry.groups))
     undivided, at_stops = waited - even, 0.0
     if window:
         drawn = (
             [stop_step(recipe.seed, epoch, group, window) for group in range(geometry.groups)]
             for epoch in range(EPOCHS)
         )
-        lost = [after - before for before, after in (_flops(recipe, geometry, found, stops) for stops in drawn)]
+        lost = [after - before for before, after in (_flops(recipe, geometry, cost, stops) for stops in drawn)]
         at_stops = mean(lost) / rate - undivided
-    messages = [m for m in bytes_per_epoch(recipe, found.adapter_parameters, processes) if "audit" not in m.what]
+    messages = [m for m in bytes_per_epoch(recipe, cost.adapter_parameters, processes) if "audit" not in m.what]
     spent = {m.what: cluster.seconds(m, processes) for m in messages}
     gradients = spent.get("gradients", 0.0)
     others = sum(spent.values()) - gradients
@@ -188,24 +192,24 @@ def estimate(recipe: Recipe, found: Costs, processes: int, cluster: Cluster) -> 
 
 
 def message_lines(messages: list[Message], processes: int) -> list[str]:
-    """A table of messages."""
-    told = [f"{'message':28}{'times':>8}{'bytes each':>14}{'bytes':>14}{'sent a process':>16}"]
+    """Return a table of messages."""
+    table = [f"{'message':28}{'times':>8}{'bytes each':>14}{'bytes':>14}{'sent/process':>16}"]
     for m in messages:
-        told.append(f"{m.what:28}{m.times:8.4g}{m.size:14,}{m.bytes:14,.0f}{m.sent(processes):16,.0f}")
-    return told
+        table.append(f"{m.what:28}{m.times:8.4g}{m.size:14,}{m.bytes:14,.0f}{m.sent(processes):16,.0f}")
+    return table
 
 
 def estimate_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """A table of estimates."""
-    told = [
+    """Return a table of estimates."""
+    table = [
         f"{'epoch':8}{'GPUs':>6}{'images':>9}{'most':>6}{'even s':>9}{'undivided':>11}{'stops':>8}{'gradients':>11}"
         f"{'others':>8}{'images/s':>10}{'efficiency':>12}"
     ]
     for row in rows:
-        told.append(
+        table.append(
             f"{row['epoch']:8}{row['processes']:6}{row['samples']:9,}{row['most_micro_batches']:6}"
             f"{row['seconds_even']:9.3f}{row['seconds_undivided']:11.3f}{row['seconds_stops']:8.3f}"
             f"{row['seconds_gradients']:11.4f}{row['seconds_other_messages']:8.3f}"
             f"{row['images_per_second']:10.0f}{row['efficiency']:12.1%}"
         )
-    return told
+    return table

@@ -1,8 +1,8 @@
 """How a recipe scales: python -m nft.cost.scaling RECIPE [key=value ...] [--processes 1 2] [--epochs 4] [--out FILE]
 
-Trains on each number of processes of this machine, the same samples every time, and tells images per second and the
-share of the time that is communication. --estimate tells instead, from the recipe alone, what the processes say to
-each other in bytes and what an epoch should take on many GPUs.
+Trains on each number of processes of this machine, always on the same samples, and prints images per second and the
+share of the time spent on communication. --estimate runs nothing: from the recipe alone it prints the bytes that the
+processes exchange, and how long an epoch should take on many GPUs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from nft.config import Recipe
 
-GPUS = (8, 64, 1024)  # of the estimate; an epoch that grows has the recipe's size on the first
+GPUS = (8, 64, 1024)  # of the estimate; a growing epoch has the size of the recipe on the first of them
 REPEATS = 7
 
 
@@ -37,33 +37,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("recipe", help="a recipe file, such as recipes/shapes/aesthetic.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes, one each")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs that count, after one that does not")
-    parser.add_argument("--estimate", action="store_true", help="bytes and an estimate for many GPUs; runs nothing")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to measure")
+    parser.add_argument("--epochs", type=int, default=4, help="measured epochs, after one for warm-up")
+    parser.add_argument("--estimate", action="store_true", help="print bytes and estimates for many GPUs; run nothing")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
 
 
 def alone(call: Callable[[], Any], accelerator: "Accelerator") -> float:
-    """Seconds that a collective takes by itself when all processes come to it at once: the median of some."""
+    """Return the median seconds of a collective that all processes enter at the same time."""
     import torch
 
-    found = []
+    seconds = []
     for _ in range(REPEATS + 1):
         accelerator.wait_for_everyone()
         start = time.perf_counter()
         call()
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return median(found[1:])
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])
 
 
 def measure_here(recipe: "Recipe", accelerator: "Accelerator", epochs: int) -> dict[str, Any]:
-    """This process's seconds of each epoch that counts, those it met others in, those of a CPU, and its collectives'.
+    """Measure this process: for each epoch its seconds, those spent in syncs and those of CPU time.
 
-    `gradient` is an all-reduce of as many bytes as the gradient has, `meeting` one meeting, both by themselves.
+    `gradient` is an all-reduce of as many bytes as the gradient has and `meeting` one sync, both timed alone.
     """
     import torch
 
@@ -82,60 +82,63 @@ def measure_here(recipe: "Recipe", accelerator: "Accelerator", epochs: int) -> d
     if trainer.tracker is not None:
         trainer.tracker.close()
     count = sum(parameter.numel() for parameter in trainer.learner.backend.parameters)
-    lone = accelerator.num_processes == 1
-    gradient, said = torch.zeros(count, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+    single = accelerator.num_processes == 1
+    gradient, counts = torch.zeros(count, device=device), torch.zeros(3, dtype=torch.int64, device=device)
     return {
         "seconds": [row[0] for row in rows[1:]],
         "meet": [row[1] for row in rows[1:]],
         "cpu": [row[2] for row in rows[1:]],
         "adapter_parameters": count,
-        "gradient": 0.0 if lone else alone(lambda: torch.distributed.all_reduce(gradient), accelerator),
-        "meeting": 0.0 if lone else alone(lambda: torch.distributed.all_reduce(said), accelerator),
+        "gradient": 0.0 if single else alone(lambda: torch.distributed.all_reduce(gradient), accelerator),
+        "meeting": 0.0 if single else alone(lambda: torch.distributed.all_reduce(counts), accelerator),
     }
 
 
 def work(plan: Path) -> None:
-    """One process of a measurement: leaves what it found in rank-N.json beside the plan."""
+    """Run one process of a measurement and write its result to rank-N.json beside the plan."""
     hide_loading_bars()
     from nft.config import load_recipe
     from stitchvm_reward.measure import machine
     from stitchvm_reward.runs.launcher import make_accelerator, shutdown
 
-    given = json.loads(plan.read_text())
-    recipe = load_recipe(given["recipe"], given["overrides"])
+    settings = json.loads(plan.read_text())
+    recipe = load_recipe(settings["recipe"], settings["overrides"])
     accelerator = make_accelerator(recipe.timeout)
-    found = measure_here(recipe, accelerator, given["epochs"]) | {"machine": machine(accelerator.device)}
-    write_json(plan.parent / f"rank-{accelerator.process_index}.json", found)
+    result = measure_here(recipe, accelerator, settings["epochs"]) | {"machine": machine(accelerator.device)}
+    write_json(plan.parent / f"rank-{accelerator.process_index}.json", result)
     shutdown(accelerator)
 
 
 def start(processes: int, plan: Path) -> None:
-    """Run `work` on so many processes, on a CPU with one thread each: more processes are to have more cores, not
-    the same cores otherwise. Raises InputError where one failed, which says itself why."""
+    """Run `work` on so many processes.
+
+    On a CPU each has one thread, so that more processes use more cores. Raises InputError where one fails; it has
+    printed its own error.
+    """
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if available_device().type == "cpu" else {})
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "nft.cost.scaling", str(plan), "--worker"]
     if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode:
-        raise InputError(f"measuring on {processes} processes failed: see its own error above")
+        raise InputError(f"measuring on {processes} processes failed: see the error above")
 
 
-def row_of(found: list[dict[str, Any]], recipe: "Recipe") -> dict[str, Any]:
-    """What all processes of one measurement found, in one row: medians over its epochs.
+def row_of(results: list[dict[str, Any]], recipe: "Recipe") -> dict[str, Any]:
+    """Return one row for the results of all processes: medians over epochs.
 
-    An epoch is as long as its slowest process. `meet_share` is the mean over processes of the time in which one meets
-    the others, waiting included; `gradient_share` and `meetings_share` are the collectives by themselves. `cpu_share`
-    is how much of a core one had: on a CPU below 1 less `meet_share` where the machine had other work too.
+    An epoch is as long as its slowest process. `meet_share` is the mean over processes of the time spent in syncs,
+    waiting included; `gradient_share` and `meetings_share` are the collectives alone. `cpu_share` is the share of a
+    core that a process had: on a CPU it is below 1 - `meet_share` where the machine had other work too.
     """
     from nft.cost.communication import bytes_per_epoch
 
-    processes, samples = len(found), recipe.rollout.groups * recipe.rollout.group_size
-    epochs = list(zip(*(one["seconds"] for one in found), strict=True))
-    meets = list(zip(*(one["meet"] for one in found), strict=True))
+    processes, samples = len(results), recipe.rollout.groups * recipe.rollout.group_size
+    epochs = list(zip(*(one["seconds"] for one in results), strict=True))
+    meets = list(zip(*(one["meet"] for one in results), strict=True))
     seconds = median(max(epoch) for epoch in epochs)
-    shares = [cpu / one_epoch for one in found for cpu, one_epoch in zip(one["cpu"], one["seconds"])]
-    messages = bytes_per_epoch(recipe, found[0]["adapter_parameters"], processes)
+    shares = [cpu / one_epoch for one in results for cpu, one_epoch in zip(one["cpu"], one["seconds"])]
+    messages = bytes_per_epoch(recipe, results[0]["adapter_parameters"], processes)
     meetings = sum(message.times for message in messages if "meeting" in message.what)
-    gradient, meeting = (mean(one[name] for one in found) for name in ("gradient", "meeting"))
+    gradient, meeting = (mean(one[name] for one in results) for name in ("gradient", "meeting"))
     return {
         "processes": processes,
         "epoch_seconds": seconds,
@@ -153,7 +156,7 @@ def row_of(found: list[dict[str, Any]], recipe: "Recipe") -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace, recipe: "Recipe") -> dict[str, Any]:
-    """A row for each number of processes, and the machine. Raises InputError where there are too few devices."""
+    """Return a row for each number of processes, and the machine. Raises InputError where there are too few devices."""
     import torch
 
     from nft.preflight import check_inputs
@@ -175,36 +178,36 @@ def measure(arguments: argparse.Namespace, recipe: "Recipe") -> dict[str, Any]:
             overrides = [*arguments.overrides, f"out={folder}/run"]
             write_json(plan, {"recipe": arguments.recipe, "overrides": overrides, "epochs": arguments.epochs})
             start(processes, plan)
-            found = [json.loads((plan.parent / f"rank-{rank}.json").read_text()) for rank in range(processes)]
-        about = found[0]["machine"]
-        rows.append(row_of(found, recipe))
+            results = [json.loads((plan.parent / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+        about = results[0]["machine"]
+        rows.append(row_of(results, recipe))
     return about | {"rows": rows}
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The table of what was measured."""
+    """Return the table of the measured rows."""
     first = rows[0]["images_per_second_per_process"]
-    told = [
-        f"{'processes':>9}{'s an epoch':>12}{'images/s':>10}{'a process':>11}{'of the first':>14}{'of a core':>11}"
-        f"{'meeting':>9}{'all-reduce':>12}{'messages':>10}"
+    table = [
+        f"{'processes':>9}{'s/epoch':>12}{'images/s':>10}{'/process':>11}{'efficiency':>14}{'CPU':>11}{'sync':>9}"
+        f"{'all-reduce':>12}{'messages':>10}"
     ]
     for row in rows:
         each = row["images_per_second_per_process"]
-        told.append(
+        table.append(
             f"{row['processes']:9}{row['epoch_seconds']:12.3f}{row['images_per_second']:10.2f}{each:11.2f}"
             f"{each / first:14.1%}{row['cpu_share']:11.1%}{row['meet_share']:9.1%}{row['gradient_share']:12.2%}"
             f"{row['meetings_share']:10.2%}"
         )
     return [
-        *told,
-        "shares of an epoch's time: in which a process had a core, less where other work runs beside it; meeting the",
-        "others, waiting included; an all-reduce of the gradient's bytes by itself, of which training hides a part",
-        "behind its backward pass; the meetings' messages by themselves",
+        *table,
+        "efficiency: images/s per process, relative to the first row. Shares of an epoch's time: CPU, a process had a",
+        "core (less where other work runs beside it); sync, syncs with the others, waiting included; all-reduce, the",
+        "gradient's bytes alone, of which training hides a part behind its backward pass; messages, the syncs' alone",
     ]
 
 
 def estimated(recipe: "Recipe") -> tuple[dict[str, Any], list[str]]:
-    """Bytes and estimates of a recipe, and how they are told. Raises InputError for a model of unknown shape."""
+    """Return the bytes and estimates of a recipe, and the printed lines. Raises InputError for unknown shapes."""
     from nft.cost.communication import (
         Cluster,
         bytes_per_epoch,
@@ -216,26 +219,26 @@ def estimated(recipe: "Recipe") -> tuple[dict[str, Any], list[str]]:
     )
     from nft.cost.shapes import costs
 
-    found, cluster, base = costs(recipe), Cluster(), GPUS[0]
-    messages = bytes_per_epoch(recipe, found.adapter_parameters, base)
+    cost, cluster, base = costs(recipe), Cluster(), GPUS[0]
+    messages = bytes_per_epoch(recipe, cost.adapter_parameters, base)
     evaluation = bytes_per_evaluation(recipe, base)
-    rows = [{"epoch": "fixed"} | estimate(recipe, found, n, cluster) for n in GPUS]
-    rows += [{"epoch": "grown"} | estimate(grown(recipe, n, base), found, n, cluster) for n in GPUS[1:]]
-    missing = f"; not counted: {', '.join(found.score_unknown)}" if found.score_unknown else ""
-    told = [
-        f"an epoch on {base} GPUs, {found.adapter_parameters:,} adapter parameters",
+    rows = [{"epoch": "fixed"} | estimate(recipe, cost, n, cluster) for n in GPUS]
+    rows += [{"epoch": "grown"} | estimate(grown(recipe, n, base), cost, n, cluster) for n in GPUS[1:]]
+    missing = f"; not counted: {', '.join(cost.score_unknown)}" if cost.score_unknown else ""
+    text = [
+        f"an epoch on {base} GPUs, {cost.adapter_parameters:,} adapter parameters",
         *message_lines([*messages, *evaluation], base),
         "",
-        f"assumed, not measured: {cluster.peak / 1e12:g} TFLOP/s a GPU, of which {cluster.reached:.0%} are reached; "
+        f"assumed, not measured: {cluster.peak / 1e12:g} TFLOP/s per GPU, of which {cluster.reached:.0%} is reached; "
         f"{cluster.inside / 1e9:g} GB/s within {cluster.node} GPUs, {cluster.between / 1e9:g} GB/s beyond; "
-        f"{cluster.latency * 1e6:g} us a step of a collective{missing}",
+        f"{cluster.latency * 1e6:g} us per step of a collective{missing}",
         *estimate_lines(rows),
-        "seconds of an epoch: an even share of the work; waiting where micro batches do not divide, and where rollouts",
-        "that stop at different steps meet after each; the gradients' all-reduce with nothing of it hidden; all other",
-        "messages. most: micro batches of one process; images/s and efficiency are of the whole",
+        "seconds of an epoch: even, an even share of the work; undivided, waiting where micro batches do not divide by",
+        "processes; stops, waiting for rollouts that stop later; gradients, their all-reduce without overlap; others,",
+        "all other messages. most: micro batches of the busiest process; images/s and efficiency: of the whole",
     ]
     content = {"messages": [asdict(m) for m in messages], "evaluation": [asdict(m) for m in evaluation]}
-    return content | {"assumed": asdict(cluster), "not_counted": found.score_unknown, "estimates": rows}, told
+    return content | {"assumed": asdict(cluster), "not_counted": cost.score_unknown, "estimates": rows}, text
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -250,14 +253,14 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     about = {"recipe": arguments.recipe, "overrides": arguments.overrides}
     if arguments.estimate:
-        found, told = estimated(recipe)
+        result, text = estimated(recipe)
     else:
-        found = measure(arguments, recipe)
-        told = lines(found["rows"])
-        print("  ".join(f"{name} {value}" for name, value in found.items() if name != "rows"))
-    print("\n".join(told))
+        result = measure(arguments, recipe)
+        text = lines(result["rows"])
+        print("  ".join(f"{name} {value}" for name, value in result.items() if name != "rows"))
+    print("\n".join(text))
     if arguments.out is not None:
-        write_json(arguments.out, about | found)
+        write_json(arguments.out, about | result)
     return None
 
 

@@ -26,7 +26,7 @@ WRONG = "the export is wrong and was removed"
 
 
 def write_peft(folder: Path, trained: Trained, dtype: torch.dtype) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT reads them: B as trained, with alpha beside it."""
+    """Write adapter_config.json and adapter_model.safetensors as PEFT reads them: B as trained, and alpha beside it."""
     lora = trained.recipe.lora
     layers = sorted(trained.scaling)
     LoraConfig(
@@ -43,7 +43,7 @@ def write_peft(folder: Path, trained: Trained, dtype: torch.dtype) -> None:
 
 
 def _base_weights(trained: Trained, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the base transformer's tensors one at a time, as they are stored. Raises InputError if one is unreadable."""
+    """Yield the base transformer's tensors one at a time, as stored. Raises InputError where one cannot be read."""
     model = trained.recipe.model.path
     try:
         yield from read_weights(locate(model, ("transformer/*",)) / "transformer", names)
@@ -95,7 +95,7 @@ class _Deviation:
 
 
 def _check(layer: str, result: Tensor, expected: Tensor, allowed: Tensor) -> None:
-    """Raise InputError where an entry of a delta is not finite or differs from the trained one by more than `allowed`."""
+    """Raise InputError where an entry of a delta is not finite or is off by more than `allowed`."""
     difference = (result - expected).abs()
     if not bool((difference <= 1.01 * allowed).all()):
         raise InputError(

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from nft.config import load_recipe
 from nft.trainer import Trainer
-from stitchvm_reward.runs.launcher import shutdown, make_accelerator
+from stitchvm_reward.runs.launcher import make_accelerator, shutdown
 
 # Where Linux from 4.19 on keeps the bytes sent in its struct tcp_info.
 SENT = 200

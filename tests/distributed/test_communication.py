@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nft.cost.communication import Message, bytes_per_epoch, bytes_per_evaluation
 from nft.config import load_recipe
+from nft.cost.communication import Message, bytes_per_epoch, bytes_per_evaluation
 from tests.distributed.launching import start
 from tests.tiny import RECIPE, STOPPED
 

@@ -10,6 +10,7 @@ from tests.tiny import DRAFT
 pytestmark = pytest.mark.slow
 
 CLOSE = 1e-5
+HALF_A_STEP = 5e-5
 LAST = 2
 FLUX = (*EVEN, "model.path=miniature/weights/flux", "model.guidance=3.5", f"checkpoint.keep={LAST + 1}")
 STOPPED = (
@@ -22,7 +23,7 @@ KINDS = {"full": (), "stopped": STOPPED, "draft": (*DRAFT, "train.draft_steps=2"
 
 @pytest.fixture(scope="module")
 def runs(overrides, tmp_path_factory) -> Path:
-    """Folders BACKEND/KIND of runs on two processes and one/KIND; `resumed` is `stopped` with a restart after an epoch."""
+    """Folders BACKEND/KIND of runs on two processes, and one/KIND; `resumed` is `stopped` with a restart in between."""
     folder = tmp_path_factory.mktemp("flux")
 
     def given(out: Path, kind: str, epochs: int = LAST) -> list[str]:
@@ -45,7 +46,11 @@ def test_two_processes_compute_what_one_does(runs, backend, kind):
     assert furthest(samples(two, 0), samples(one, 0)) <= (CLOSE if backend == "zero3" else 0)
     assert loss_apart(one, two) <= CLOSE
     for epoch in range(1, LAST + 1):
-        assert furthest(weights(one, epoch), weights(two, epoch)) <= CLOSE
+        expected, found = weights(one, epoch), weights(two, epoch)
+        # Adam divides a gradient by its own size: where that is nearly zero, rounding shows, in very few places.
+        assert furthest(expected, found) <= (HALF_A_STEP if backend == "zero3" else CLOSE)
+        apart = sum(int(((expected[key] - found[key]).abs() > CLOSE / 10).sum()) for key in expected)
+        assert apart <= 2e-4 * sum(tensor.numel() for tensor in expected.values())
     assert furthest(weights(one, LAST), weights(one, 1)) > 10 * CLOSE
 
 

@@ -19,8 +19,8 @@ from nft.objectives.nft import NFT
 from nft.trainer import Trainer
 from stitchvm_reward.command import run_command
 from stitchvm_reward.diffusion.prompt_cache import PromptCache
+from stitchvm_reward.runs.launcher import make_accelerator, shutdown
 from stitchvm_reward.runs.rank_sync import RankSync, Stopped
-from stitchvm_reward.runs.launcher import shutdown, make_accelerator
 from stitchvm_reward.runs.tracking import Timings
 
 PHASE, LOSS = Timings.phase, NFT.loss

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from nft.config import load_recipe
 from nft.trainer import Trainer
-from stitchvm_reward.runs.launcher import shutdown, make_accelerator
+from stitchvm_reward.runs.launcher import make_accelerator, shutdown
 from stitchvm_reward.stitching.build import build
 from stitchvm_reward.stitching.config import load_stitch_recipe
 

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from nft.evaluation.sample import Sampler, gather_prompts, sample_all
 from nft.export.card import Texts
 from nft.export.files import export
 from nft.export.lora import LORA_NAME
-from nft.evaluation.sample import Sampler, gather_prompts, sample_all
 from nft.export.trained import read_trained
 from stitchvm_reward.errors import InputError
 

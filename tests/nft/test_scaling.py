@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from nft.config import Recipe, load_recipe
 from nft.cost import scaling
 from nft.cost.communication import (
     Cluster,
@@ -14,7 +15,6 @@ from nft.cost.communication import (
     estimate,
     grown,
 )
-from nft.config import Recipe, load_recipe
 from nft.cost.plan import Costs
 from stitchvm_reward.errors import InputError
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nft.config import load_recipe
-from nft.export.lora import read_lora
 from nft.cost.plan import costs, memory, too_large
+from nft.export.lora import read_lora
 from nft.preflight import check_recipe
 from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.errors import InputError

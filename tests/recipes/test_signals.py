@@ -11,8 +11,8 @@ from diffusers import StableDiffusion3Pipeline
 from nft.config import load_recipe
 from nft.trainer import Trainer
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.runs.rank_sync import RankSync, Stopped
 from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
+from stitchvm_reward.runs.rank_sync import RankSync, Stopped
 from stitchvm_reward.runs.tracking import Timings
 from tests.tiny import RECIPE, STOPPED
 

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import CLIPModel
 
 from miniature import wording
-from stitchvm_reward.rewards.architectures import CLIPS
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.rewards.architectures import CLIPS
 from stitchvm_reward.rewards.clip import ClipReward, ImageTower, TextTower
 from stitchvm_reward.rewards.open_clip import convert, convert_file, main
 

@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel
 from miniature import wording
 from stitchvm_reward import hub
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.rewards import FunctionReward, check_finite, RewardRecipe, find_function, load_reward
+from stitchvm_reward.rewards import FunctionReward, RewardRecipe, check_finite, find_function, load_reward
 from stitchvm_reward.rewards.aesthetic import AestheticHead, AestheticReward, load_head
 from stitchvm_reward.rewards.clip import FITS, TEXT_KINDS, ClipReward, load_clip
 from stitchvm_reward.rewards.preprocess import normalise

@@ -8,8 +8,8 @@ import time
 import pytest
 
 from stitchvm_reward.errors import InputError, SharedError
-from stitchvm_reward.runs.rank_sync import RankSync, Stopped
 from stitchvm_reward.runs.launcher import make_accelerator
+from stitchvm_reward.runs.rank_sync import RankSync, Stopped
 from stitchvm_reward.runs.tracking import Timings
 
 

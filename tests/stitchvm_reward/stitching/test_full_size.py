@@ -11,7 +11,6 @@ from stitchvm_reward.rewards.architectures import clip_configuration
 from stitchvm_reward.rewards.tail import RewardTail
 from stitchvm_reward.stitching.value_model import ValueNetwork
 
-
 MODEL = "stabilityai/stable-diffusion-3.5-medium"
 
 

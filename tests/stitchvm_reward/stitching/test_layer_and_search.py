@@ -3,7 +3,7 @@
 import torch
 
 from stitchvm_reward.stitching.layer import StitchingLayer, resample
-from stitchvm_reward.stitching.search import Probe, search, initial_weights, solve
+from stitchvm_reward.stitching.search import Probe, initial_weights, search, solve
 
 
 def test_the_layer_starts_as_the_closed_form_solution():

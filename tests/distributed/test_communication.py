@@ -1,4 +1,4 @@
-"""Two processes exchange what nft.cost.communication counts, and nothing else: no weight, latent, picture or embedding."""
+"""Two processes exchange what nft.cost.communication counts and nothing else: no weights, latents or pictures."""
 
 import json
 from collections import Counter

@@ -111,8 +111,12 @@ def read_recipe(kind: type[Kind], path: str | Path, overrides: list[str] | None 
     """
     content = _read_yaml(kind, Path(path))
     for override in overrides or []:
-        if "=" not in override:
+        if "=" not in override.lstrip("="):
             raise InputError(f"an override is written key=value, got {override!r}")
+        try:
+            OmegaConf.from_dotlist([override])
+        except YAMLError:
+            raise InputError(f"the value of override {override!r} is not valid YAML") from None
     try:
         given = OmegaConf.from_dotlist(list(overrides or []))
         _known_keys(kind, OmegaConf.to_container(given), "")

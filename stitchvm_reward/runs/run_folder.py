@@ -32,8 +32,14 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _difference(saved: str, recipe: Any) -> str | None:
-    """Describe the first key in which a saved recipe differs from this one, with both values; None if none does."""
-    theirs, ours = (_flat(OmegaConf.to_container(OmegaConf.create(text))) for text in (saved, dump(recipe)))
+    """Describe the first key in which a saved recipe differs from this one, with both values; None if none does.
+
+    Raises ValueError for a saved recipe that is empty or not a mapping.
+    """
+    theirs, ours = (OmegaConf.to_container(OmegaConf.create(text)) for text in (saved, dump(recipe)))
+    if not theirs or not isinstance(theirs, dict):
+        raise ValueError("a recipe must hold keys")
+    theirs, ours = _flat(theirs), _flat(ours)
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key) and not key.startswith(FREE):
             return f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
@@ -52,7 +58,7 @@ def check_run_folder(recipe: Any) -> Path:
             raise InputError(f"{folder} already holds a run; give another out=FOLDER, or checkpoint.resume=auto")
         try:
             difference = _difference(saved.read_text(), recipe)
-        except (UnicodeDecodeError, YAMLError, OmegaConfBaseException):
+        except (ValueError, YAMLError, OmegaConfBaseException):
             raise InputError(f"{saved} is damaged: it is not known which run {folder} holds; move it away") from None
         if difference is not None:
             raise InputError(f"{folder} holds a run of a different recipe: {difference}; give another out=FOLDER")

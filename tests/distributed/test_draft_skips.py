@@ -1,4 +1,4 @@
-"""A reward that is not finite on one process: all leave the step out, nothing of it remains, the next step works."""
+"""A reward that is not finite on one process: all leave the step out, nothing of it stays, and the next step works."""
 
 import json
 import shutil

@@ -178,7 +178,7 @@ def test_run_folder_is_not_begun_anew(refuses, recipe, tmp_path):
 def test_run_folder_with_a_damaged_recipe(refuses, tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_bytes(content)
-    refuses(message=["run"])
+    refuses(message=["recipe.yaml is damaged: it is not known which run ", "move it away"])
 
 
 def test_a_longer_run_goes_on_in_its_folder(recipe, tmp_path):

@@ -116,22 +116,22 @@ def test_an_unknown_key_in_a_base_is_refused(write):
 
 
 @pytest.mark.parametrize(
-    "override, key",
+    "override, message",
     [
-        ("epochs=many", "epochs"),
-        ("epochs=2.5", "epochs"),
-        ("epochs=null", "epochs"),
-        ("train.beta=[1]", "train.beta"),
-        ("train.per_group_std=perhaps", "train.per_group_std"),
-        ("model=5", "model"),
-        ("rewards=clip", "rewards"),
-        ("rewards=[clip]", "rewards"),
-        ("lora.targets=attn.to_q", "lora.targets"),
-        ("seed={a: 1}", "seed"),
+        ("epochs=many", "recipe key epochs: Value 'many'"),
+        ("epochs=2.5", "recipe key epochs: Value '2.5'"),
+        ("epochs=null", "recipe key epochs: Incompatible value 'None'"),
+        ("train.beta=[1]", "recipe key train.beta: Value '[1]'"),
+        ("train.per_group_std=perhaps", "recipe key train.per_group_std: Value 'perhaps' is not a valid bool"),
+        ("model=5", "model must be a section with keys, got 5"),
+        ("rewards=clip", "rewards must be a list, got 'clip'"),
+        ("rewards=[clip]", "recipe key rewards[0]: Invalid type"),
+        ("lora.targets=attn.to_q", "lora.targets must be a list, got 'attn.to_q'"),
+        ("seed={a: 1}", "recipe key seed: Value"),
     ],
 )
-def test_a_wrong_type_is_refused_by_key(load, override, key):
-    refused(load, key, overrides=[override])
+def test_a_wrong_type_is_refused_by_key(load, override, message):
+    refused(load, message, overrides=[override])
 
 
 @pytest.mark.parametrize(
@@ -228,9 +228,16 @@ def test_a_missing_base_is_named(load):
     refused(load, "recipe not found", "parent.yaml", content=MINIMAL | {"base": "parent.yaml"})
 
 
-@pytest.mark.parametrize("base", ["recipe.yaml", 5, ["recipe.yaml"]])
-def test_a_base_that_cannot_be_one_is_refused(load, base):
-    refused(load, "base", content=MINIMAL | {"base": base})
+@pytest.mark.parametrize(
+    "base, message",
+    [
+        ("recipe.yaml", "is its own base; a base must be another file"),
+        (5, "base must be a file name, got 5 in "),
+        (["recipe.yaml"], "base must be a file name, got ['recipe.yaml'] in "),
+    ],
+)
+def test_a_base_that_cannot_be_one_is_refused(load, base, message):
+    refused(load, message, content=MINIMAL | {"base": base})
 
 
 def test_a_recipe_that_is_not_utf8_is_refused(tmp_path):
@@ -240,14 +247,36 @@ def test_a_recipe_that_is_not_utf8_is_refused(tmp_path):
         load_recipe(path)
 
 
-@pytest.mark.parametrize("content", ["out: [", "a: b: c", "- just\n- a list", "words", "", "out: ${nothing}", "\x00"])
-def test_a_recipe_that_is_no_recipe_is_refused(load, content):
-    refused(load, content=content)
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("out: [", "is not valid YAML: while parsing a flow node"),
+        ("a: b: c", "is not valid YAML: mapping values are not allowed"),
+        ("- just\n- a list", "must hold recipe keys, got ['just', 'a list']"),
+        ("words", "unknown recipe key words"),
+        ("", "the recipe must also set model.path, out, prompts.held_out, prompts.train"),
+        ("out: ${nothing}", "recipe key out: Interpolation key 'nothing' not found"),
+        ("\x00", "is not valid YAML: unacceptable character"),
+    ],
+)
+def test_a_recipe_that_is_no_recipe_is_refused(load, content, message):
+    refused(load, message, content=content)
 
 
-@pytest.mark.parametrize("override", ["epochs", "=3", "epochs=", "epochs=[", ".=1", "train..beta=1", "train[=1"])
-def test_a_malformed_override_is_refused(load, override):
-    refused(load, overrides=[override])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("epochs", "an override is written key=value, got 'epochs'"),
+        ("=3", "an override is written key=value, got '=3'"),
+        ("epochs=", "recipe key epochs: Incompatible value 'None'"),
+        ("epochs=[", "the value of override 'epochs=[' is not valid YAML"),
+        (".=1", "unknown recipe key : known: audit"),
+        ("train..beta=1", "unknown recipe key train.: known: beta"),
+        ("train[=1", "train must be a section with keys, got 1"),
+    ],
+)
+def test_a_malformed_override_is_refused(load, override, message):
+    refused(load, message, overrides=[override])
 
 
 VALUE = [{"kind": "value", "value_model": "runs/stitch/some/value_model"}]

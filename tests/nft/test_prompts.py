@@ -40,5 +40,5 @@ def test_a_missing_column_names_the_nearest(tmp_path):
 def test_an_unknown_ending_is_refused(tmp_path):
     path = tmp_path / "prompts.xls"
     path.write_text("x")
-    with pytest.raises(InputError, match="must be a"):
+    with pytest.raises(InputError, match=r"prompts must be a \.txt, \.json, .* got .*prompts\.xls"):
         read_prompts(str(path), "prompt", "train")

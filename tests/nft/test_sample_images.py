@@ -1,6 +1,7 @@
 """Seeded pictures, base beside tuned."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -40,9 +41,9 @@ def sampler(lora):
 def test_tuned_pictures_are_the_trained_policys_and_base_ones_the_bases(sampler, trained_run):
     trainer, _ = trained_run
     indices = [0, 1, 2]
-    found = sampler.images([trainer.held_out[n] for n in indices], indices, trainer.recipe.seed, steps=2)
+    found = sampler.images([trainer.held_out.prompts[n] for n in indices], indices, seed=trainer.recipe.seed, steps=2)
     for name, adapter in (("base", None), ("tuned", "ema")):
-        torch.testing.assert_close(found[name], trainer.images(adapter, indices), atol=1e-4, rtol=0)
+        torch.testing.assert_close(found[name], trainer.held_out.images(adapter, indices), atol=1e-4, rtol=0)
     assert float((found["base"] - found["tuned"]).abs().max()) > 0.05
 
 
@@ -122,7 +123,7 @@ def test_a_tuned_model_is_steered_with_its_adapters(lora, launched, tmp_path):
     ("arguments", "told"),
     [
         (("--steer", "fk"), "--steer needs --steering RECIPE"),
-        (("--steering", "recipes/steer/shapes.yaml"), "--steering goes with --steer METHOD"),
+        (("--steering", "recipes/steer/shapes.yaml"), "--steering needs --steer METHOD"),
         (("--steer", "smc", "--steering", "recipes/steer/shapes.yaml"), "must be one of best_of_n, fk, dps, got 'smc'"),
         (("--steer", "fk", "--steering", "nowhere.yaml"), "recipe not found: nowhere.yaml"),
         (("--steer", "fk", "--batch", 2, "--steering", "recipes/steer/shapes.yaml"), "--batch is for plain sampling"),
@@ -169,7 +170,7 @@ def test_a_prompt_is_text_unless_it_ends_like_a_prompt_file(tmp_path):
     (tmp_path / "more.txt").write_text("a red circle\n\na blue square\n")
     long = "a very detailed picture " * 40
     assert gather_prompts(["one", str(tmp_path / "more.txt"), long]) == ["one", "a red circle", "a blue square", long]
-    with pytest.raises(InputError, match="not found"):
+    with pytest.raises(InputError, match=r"prompt file not found: nowhere\.txt"):
         gather_prompts(["nowhere.txt"])
 
 
@@ -224,6 +225,12 @@ def test_files_of_which_diffusers_would_attach_less_than_they_hold_are_refused(e
 
 def test_a_folder_that_is_no_pipeline_is_refused(launched, tmp_path):
     usual = ("--prompts", "a red cross", "--grid", tmp_path / "grid.png")
-    for model, told in (("./nowhere", "model folder not found"), ("miniature/weights/clip", "has no autoencoder")):
+    (tmp_path / "index").mkdir()
+    shutil.copyfile(f"{MODEL}/model_index.json", tmp_path / "index/model_index.json")
+    for model, told in (
+        ("./nowhere", "model folder not found"),
+        ("miniature/weights/clip", "is not a model folder: model_index.json is missing"),
+        (tmp_path / "index", "has no autoencoder"),
+    ):
         code, _, error = launched("sample", model, *usual)
         assert code == 2 and len(error.splitlines()) == 1 and told in error, error

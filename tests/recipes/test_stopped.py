@@ -105,6 +105,6 @@ def test_a_value_model_that_is_cut_short_is_refused(make_trainer, tmp_path, stop
     tensors = load_file(tmp_path / "value_model/model.safetensors")
     tensors.pop("null.pooled")
     save_file(tensors, tmp_path / "value_model/model.safetensors")
-    with pytest.raises(InputError, match="is damaged"):
+    with pytest.raises(InputError, match=r"value_model is damaged: 'pooled'"):
         make_trainer(tmp_path / "run", *stopped(tmp_path / "value_model"))
     assert not (tmp_path / "run").exists()

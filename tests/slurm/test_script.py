@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-STOPPED = "stopped by a signal after epoch 3 of 9; run it again to go on"
+STOPPED = "stopped by a signal after epoch 3 of 9; run again to continue"
 DONE = "done: runs/it/before_after.png, curves.png, lora.safetensors, metrics.jsonl"
 COMMANDS = {
     "accelerate": "echo ACCELERATE_MIXED_PRECISION=no",
     "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$*" >>"$NOTES"; fi',
     "squeue": 'echo "$STATE"',
     "srun": 'echo "$*" >"$NOTES.srun"; env >"$NOTES.env"\n'
-    'log=${3#--output=}; echo "$SAID" >"${log/\\%t/0}"; exit "$CODE"',
+    'log=${3#--output=}; echo "$SAID" >"${log/\\%t/0}"; '
+    'case $SAID in stopped*) echo "${SAID%%;*}" >"$STITCH_NFT_STOP_MARKER" ;; esac; exit "$CODE"',
 }
 
 

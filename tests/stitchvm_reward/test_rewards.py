@@ -98,12 +98,20 @@ def test_folder_with_another_kind_of_model_is_refused(tmp_path):
         ClipReward(str(tmp_path), "clip", CPU)
 
 
-@pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json"])
-@pytest.mark.parametrize("content", [None, b"not it"], ids=["missing", "damaged"])
-def test_clip_folder_with_a_lost_file_is_refused(clip_folder, tmp_path, lost, content):
+@pytest.mark.parametrize(
+    "lost, content, message",
+    [
+        ("model.safetensors", None, "is not a CLIP model folder: OSError: Error no file named model.safetensors"),
+        ("model.safetensors", b"not it", "is not a CLIP model folder: SafetensorError: "),
+        ("tokenizer.json", None, r"has no tokenizer \(tokenizer.json, or "),
+        ("tokenizer.json", b"not it", "the tokenizer in .* cannot be read: Expecting value"),
+    ],
+    ids=["no weights", "damaged weights", "no tokenizer", "damaged tokenizer"],
+)
+def test_clip_folder_with_a_lost_file_is_refused(clip_folder, tmp_path, lost, content, message):
     folder = shutil.copytree(clip_folder, tmp_path / "clip")
     (folder / lost).unlink() if content is None else (folder / lost).write_bytes(content)
-    with pytest.raises(InputError, match="clip"):
+    with pytest.raises(InputError, match=message):
         ClipReward(str(folder), "clip", CPU)
 
 

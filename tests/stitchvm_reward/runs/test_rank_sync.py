@@ -24,32 +24,33 @@ def test_a_wish_to_stop_is_raised_at_the_next_meeting_and_only_once(ranks):
     with pytest.raises(Stopped):
         ranks.sync()
     ranks.sync()
-    assert ranks.together(lambda: 3) == 3, "what is saved last must not be stopped again"
+    with ranks.together():  # what is saved last must not be stopped again
+        saved = True
+    assert saved
 
 
 def test_what_goes_wrong_is_raised_as_it_is_and_a_users_mistake_as_one_that_all_know(ranks):
-    def fail(error):
-        raise error
-
-    with pytest.raises(ZeroDivisionError):
-        ranks.together(lambda: fail(ZeroDivisionError("x")))
-    with pytest.raises(SharedError, match="no such folder"):
-        ranks.together(lambda: fail(InputError("no such folder")))
+    with pytest.raises(ZeroDivisionError), ranks.together():
+        raise ZeroDivisionError("x")
+    with pytest.raises(SharedError, match="no such folder"), ranks.together():
+        raise InputError("no such folder")
 
 
 def test_rounds_give_each_item_and_a_meeting_after_it(ranks):
     done = []
     with pytest.raises(Stopped):
-        for value in ranks.rounds([1, 2, 3], lambda item: item * 10):
-            done.append(value)
-            ranks.asked = value == 20
-    assert done == [10, 20]
+        for value in ranks.rounds([1, 2, 3]):
+            with ranks.together():
+                done.append(value)
+                ranks.asked = value == 2
+    assert done == [1, 2]
 
 
 def test_before_a_meeting_a_process_joins_in_what_the_others_still_do(ranks):
     order = []
     ranks.idle = lambda: order.append("idle")
-    ranks.together(lambda: order.append("work"))
+    with ranks.together():
+        order.append("work")
     assert order == ["work", "idle"]
 
 
@@ -69,7 +70,7 @@ def watchdog(body: str, seconds: float) -> subprocess.CompletedProcess:
 def test_a_process_that_does_not_move_ends_with_the_phase_it_is_in():
     done = watchdog('with timings.phase("rollout"): time.sleep(60)', 0.5)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: process 1 has not moved for 0.5 s in phase rollout: ")
+    assert done.stderr.startswith("error: process 1 has not advanced for 0.5 s in phase rollout: ")
     assert done.stderr.count("\n") == 1
 
 

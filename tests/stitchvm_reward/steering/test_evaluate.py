@@ -51,8 +51,8 @@ def test_a_comparison_measures_every_arm_once_and_draws_what_it_found(comparison
     ("change", "told"),
     [
         ("seeds=[]", "seeds must be numbers from 0 on"),
-        ("arms=[]", "arms need names of their own"),
-        ("count=201", "count must be at most miniature/prompts/held_out.txt's, got 201"),
+        ("arms=[]", "every arm needs a unique family and label"),
+        ("count=201", "count must be at most 200, the number of prompts in miniature/prompts/held_out.txt, got 201"),
         ("arms=[{family: a, label: b, method: fkk, recipe: c}]", "an arm's method: did you mean 'fk'?"),
         ("arms=[{family: a, label: b, method: fk, recipe: nowhere.yaml}]", "recipe not found: nowhere.yaml"),
         ("measures=[miniature.measures:beauty]", "cannot import miniature.measures:beauty"),
@@ -67,4 +67,4 @@ def test_a_comparison_that_cannot_be_made_is_told_in_one_line(comparison, launch
 
 def test_a_comparison_that_was_not_run_cannot_be_drawn(comparison, launched, tmp_path):
     code, _, error = launched("evaluate", "steering", comparison[0], "--plot", tmp_path / "plot.png")
-    assert code == 2 and "holds nothing of this comparison yet" in error
+    assert code == 2 and "has no results of this comparison" in error

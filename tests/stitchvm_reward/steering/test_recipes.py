@@ -22,6 +22,6 @@ def test_a_shipped_recipe_steers_by_every_method(path):
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_every_arm_of_a_shipped_comparison_can_be_run(path):
     recipe = read_recipe(ComparisonRecipe, path)
-    assert recipe.count == 200 and recipe.seeds == [0, 1, 2]
+    assert recipe.count >= 100 and recipe.seeds == [0, 1, 2]
     for arm in recipe.arms:
         settings_of(arm)

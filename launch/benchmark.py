@@ -89,16 +89,20 @@ def training_benchmark(recipe: Any, repeats: int, device: Any) -> tuple[dict[str
 
 
 def is_stitching(path: Path) -> bool:
-    """Return whether a recipe builds a value model: it has `reward`, where a training recipe has `rewards`.
+    """Return whether a recipe builds a value model, by its keys. Raises InputError unless it does or is for training.
 
-    Raises InputError for a file that is neither.
+    Recipes of steering have `rewards` without a model, and comparisons `reward` with prompts.
     """
     from stitchvm_reward.runs.recipe import recipe_keys
 
     keys = recipe_keys(path)
-    if ("reward" in keys) == ("rewards" in keys):
-        raise InputError(f"{path} must be a training recipe (with rewards) or a stitching recipe (with reward)")
-    return "reward" in keys
+    stitching, training = "reward" in keys and "prompts" not in keys, {"rewards", "model"} <= keys
+    if stitching == training:
+        raise InputError(
+            f"{path} must be a training recipe (with model and rewards) or a stitching recipe (with reward, without "
+            "prompts)"
+        )
+    return stitching
 
 
 def run(arguments: argparse.Namespace) -> None:

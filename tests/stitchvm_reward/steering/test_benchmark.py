@@ -48,7 +48,7 @@ def test_the_command_tells_steps_and_refuses_what_does_not_go_together(launched,
     code, out, error = launched("benchmark", RECIPE, "--steering", "--shapes-only", "--out", tmp_path / "found.json")
     assert code == 0 and "DPS + StitchVM" in out and (tmp_path / "found.json").exists(), error
     for arguments, told in (
-        ((RECIPE, "--shapes-only"), "--shapes-only goes with --steering"),
+        ((RECIPE, "--shapes-only"), "--shapes-only needs --steering"),
         (("recipes/shapes/aesthetic.yaml", "--steering"), "--steering needs a recipe of recipes/stitch"),
     ):
         code, _, error = launched("benchmark", *arguments)

@@ -1,5 +1,7 @@
 """Two processes train what one trains, and a run that was stopped continues bit for bit; the other files do more."""
 
+import pytest
+
 from tests.distributed.kills import torture
 from tests.distributed.launching import EVEN, furthest, loss_apart, run_all, samples, weights
 
@@ -21,5 +23,6 @@ def test_two_processes_equal_one_and_a_stopped_run_equals_the_straight_one(overr
     assert rows(stopped)[-1] == rows(two)[-1]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_once_ends_with_the_files_of_the_straight_one(tmp_path):
     torture(tmp_path, times=1, seed=1, processes=1)

@@ -205,6 +205,7 @@ def test_misspelt_override(refuses):
     refuses("rollout.grops=3", message=["unknown recipe key rollout.grops", "'groups'"])
 
 
+@pytest.mark.slow
 def test_malformed_prompt_file_as_a_command(recipe, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a red circle"}\n{"text": \n')
     as_subprocess(recipe, f"prompts.train={tmp_path}/train.jsonl", message=["train.jsonl cannot be read as json"])

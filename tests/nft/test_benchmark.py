@@ -101,6 +101,7 @@ def test_an_unknown_model_is_refused():
         encode_cost(load_recipe("recipes/aesthetic_pixel.yaml", ["model.path=somebody/model"]), CPU, 1)
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_printed(tmp_path):
     command = [sys.executable, "launch/benchmark.py", "recipes/shapes/stopped.yaml", *SMALL]
     done = subprocess.run(

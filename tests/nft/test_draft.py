@@ -108,6 +108,7 @@ def test_the_gradient_is_the_one_written_out(draft, case):
         assert sorted(set(stops_of(trainer, list(range(8))))) == [1, 2], "the case needs samples of different stops"
 
 
+@pytest.mark.slow
 def test_more_steps_and_the_reference_have_gradients_of_their_own(draft):
     usual = gradient(draft())
     assert apart(usual, gradient(draft("train.draft_steps=2"))) > 0.1

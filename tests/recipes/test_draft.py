@@ -66,6 +66,7 @@ def test_a_run_logs_its_rewards_and_no_old_policy(straight, rows):
     assert rest[-1]["train/kl"] > rest[0]["train/kl"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(straight, train, digests, rows, tmp_path):
     settings, run = straight
     train(tmp_path / "run", *settings, "epochs=1")
@@ -74,6 +75,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(straight, train, digests, rows, tmp_p
     assert rows(tmp_path / "run")[-1] == rows(run)[-1]
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_step_of_an_epoch_begins_that_epoch_again(train, make_trainer, digests, tmp_path):
     settings = (*DRAFT, *STOPPED, "train.learning_rate=1e-3", "epochs=2")
     train(tmp_path / "straight", *settings)

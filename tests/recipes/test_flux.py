@@ -51,6 +51,7 @@ def test_a_run_trains_and_leaves_a_lora_file_for_all_attention_layers(straight, 
     assert any("single_transformer_blocks" in key for key in file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("straight", [slow("full"), "stopped", slow("draft")], indirect=True)
 def test_a_run_that_was_stopped_continues_bit_for_bit(straight, train, digests, rows, tmp_path):
     kind, run = straight

@@ -51,6 +51,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass(make_trainer, tmp_path):
     assert kept("train.gradient_checkpointing=true") < 0.2 * kept()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_know_the_adapters_apart(make_trainer, tmp_path, monkeypatch):
     # What is compiled for which adapter is decided before code is generated: that part, the slow one, is left out.
     monkeypatch.setattr(Generator, "compile_blocks", partialmethod(Generator.compile_blocks, backend="eager"))
@@ -76,6 +77,7 @@ def test_compiled_blocks_know_the_adapters_apart(make_trainer, tmp_path, monkeyp
     assert plain[1].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_moments_in_8_bits_learn_nearly_the_same_and_resume_bit_for_bit(train, digests, tmp_path):
     pytest.importorskip("bitsandbytes", reason="the extra 8bit is not installed")
     # Small matrices keep their moments in 32 bits: these have more than 4,096 numbers.

@@ -219,6 +219,7 @@ def test_an_older_checkpoint_can_be_named_and_leads_to_the_same_end(half, train,
     assert_equal(half)
 
 
+@pytest.mark.slow
 def test_resuming_within_the_warm_up_equals_never_having_stopped(train, digests, rows, tmp_path):
     settings = ("train.updates_per_epoch=2", "train.warmup=8", "evaluation.every=2")
     train(tmp_path / "a" / "run", "epochs=4", *settings)

@@ -55,6 +55,7 @@ def test_values_do_not_depend_on_the_adapters(make_trainer, tmp_path, stopped):
     assert torch.equal(before, torch.cat([r.rewards["total"] for r in trainer.collector.collect(0)]))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_bit_for_bit(train, tmp_path, stopped, digests, rows):
     train(tmp_path / "straight", *stopped(), "epochs=3")
     train(tmp_path / "broken", *stopped(), "epochs=1")
@@ -84,6 +85,7 @@ def test_a_value_model_of_another_size_is_refused_before_anything_is_loaded(over
         check_recipe(recipe)
 
 
+@pytest.mark.slow
 def test_a_value_model_whose_backbone_reads_prompts_scores_by_them(make_trainer, tmp_path, stopped, stitch, overrides):
     more = ("backbone.block=2", "reward.block=1", "backbone.conditioning=prompt")
     folder = stitch("aesthetic", tmp_path / "prompted" / "stitch", *more)

@@ -100,6 +100,7 @@ def test_what_the_accelerate_config_says_reaches_the_ranks(script, tmp_path):
     assert "ACCELERATE_DEBUG_MODE=true\n" in (tmp_path / "notes.env").read_text()
 
 
+@pytest.mark.slow
 def test_a_signal_that_comes_before_the_run_listens_waits_until_it_does(command, tmp_path):
     place = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
     python, *arguments = command(tmp_path / "run", "epochs=1")

@@ -84,6 +84,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(launched, aesthetic_folder,
     assert code == 2 and out == "" and told in error and len(error.splitlines()) == 1, error
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_tells_no_more_than_that_line(aesthetic_folder, image_folder):
     command = [sys.executable, "launch/evaluate.py", "value", aesthetic_folder, "--images", image_folder]
     done = subprocess.run([*command, "--truth", "miniature.measures:nothing"], capture_output=True, text=True)

@@ -49,7 +49,7 @@ def test_the_command_tells_steps_and_refuses_what_does_not_go_together(launched,
     assert code == 0 and "DPS + StitchVM" in out and (tmp_path / "found.json").exists(), error
     for arguments, told in (
         ((RECIPE, "--shapes-only"), "--shapes-only needs --steering"),
-        (("recipes/shapes/aesthetic.yaml", "--steering"), "--steering needs a stitching recipe, got recipes/shapes/aesthetic.yaml"),
+        (("recipes/shapes/aesthetic.yaml", "--steering"), "--steering needs a stitching recipe, got recipes/shapes"),
     ):
         code, _, error = launched("benchmark", *arguments)
         assert code == 2 and told in error and len(error.splitlines()) == 1

@@ -99,7 +99,7 @@ def test_a_job_is_stopped_before_its_time_is_over_and_goes_on_bit_for_bit_when_r
     output = (jobs.folder / f"{job}.out").read_text()
     assert re.search(rf"stopped by a signal after epoch \d+ of {EPOCHS}: requeued", output), output
     assert output.splitlines()[-1].startswith("done:")
-    logs = sorted(str(path.relative_to(jobs.folder / job)) for path in (jobs.folder / job).glob("*/*"))
+    logs = sorted(str(path.relative_to(jobs.folder / job)) for path in (jobs.folder / job).glob("*/*.log"))
     assert logs == [f"attempt-{attempt}/rank-{rank}.log" for attempt in (0, 1) for rank in (0, 1)]
     assert "resumed from" in (jobs.folder / job / "attempt-1/rank-0.log").read_text()
     jobs.wait(names["after"], "COMPLETED", 30)

@@ -160,7 +160,7 @@ def run_steering(arguments: argparse.Namespace) -> None:
         draw(recipe, arguments.plot)
         return
     check_writable(Path(recipe.out).expanduser() / "costs.json")
-    from nft.prompts import read_prompts
+    from stitchvm_reward.prompts import read_prompts
 
     hide_loading_bars()
     run(Comparison(recipe, read_prompts(recipe.prompts, "text", "train"), available_device()), arguments.cost)

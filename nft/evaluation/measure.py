@@ -13,11 +13,11 @@ from nft.config import Recipe
 from nft.export.lora import attach_lora, lora_layers
 from nft.models import load_generator
 from nft.preflight import check_inputs
-from nft.prompts import read_prompts
 from nft.rollout import sample
 from nft.scoring import Scorer
 from stitchvm_reward.diffusion.prompt_cache import PromptCache
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.prompts import read_prompts
 from stitchvm_reward.rewards import check_finite
 from stitchvm_reward.runs import randomness
 

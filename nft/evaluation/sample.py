@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nft.export.lora import attach_lora, lora_layers, read_header
-from nft.prompts import READERS, read_prompts
 from stitchvm_reward.diffusion.generator import Generator, load_vae
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import family_of
 from stitchvm_reward.families.family import PipelineSettings
 from stitchvm_reward.hub import locate
+from stitchvm_reward.prompts import READERS, read_prompts
 from stitchvm_reward.runs import randomness
 from stitchvm_reward.steering.build import default_text_length, load_value, steer
 from stitchvm_reward.steering.settings import BestOfN, SteeringRecipe

@@ -11,8 +11,8 @@ import yaml
 
 from nft import preflight
 from nft.config import load_recipe
-from nft.prompts import read_prompts
 from stitchvm_reward.families import SD3
+from stitchvm_reward.prompts import read_prompts
 from stitchvm_reward.runs.recipe import dump
 
 ROOT = Path(__file__).parents[2]

@@ -5,8 +5,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from nft.prompts import read_prompts
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.prompts import read_prompts
 
 PROMPTS = ["a red circle", "A red circle", "eine grüne Fläche, ok"]
 

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+WARM_UPS = 5  # calls at most before the timed ones
 
 
 class FusedAttention(TorchFunctionMode):
@@ -51,39 +54,77 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={attention: _attention, backward: _attention_backward})
 
 
+def _uncompiled() -> Any:
+    """Return a context for dispatch modes: code that the compiler first meets under one would never be compiled."""
+    return torch.compiler.set_stance("force_eager")
+
+
 def flops(call: Callable[[], Any]) -> float:
     """Return the floating-point operations of one call; a multiply-add counts as two.
 
-    On the meta device, operations are counted but not computed.
+    On the meta device, operations are counted but not computed. Compiled code is counted as it runs uncompiled.
     """
     counter = flop_counter()
-    with counter:
+    with _uncompiled(), counter:
         call()
     return float(counter.get_total_flops())
 
 
-def timed(call: Callable[[], Any], samples: int, device: torch.device, repeats: int) -> dict[str, float | None]:
+def compiled_graphs() -> int:
+    """Return how many graphs torch.compile has made in this process."""
+    return counters["stats"]["unique_graphs"]
+
+
+def compiled_regions(call: Callable[[], Any]) -> int:
+    """Return how many compiled regions one call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        call()
+    return sum(event.name.startswith("Torch-Compiled Region") for event in profile.events())
+
+
+def _warm_up(call: Callable[[], Any]) -> None:
+    """Call at least once, and until the compiler has nothing left to do."""
+    for _ in range(WARM_UPS):
+        before = compiled_graphs()
+        call()
+        if compiled_graphs() == before:
+            return
+    raise RuntimeError(f"torch.compile still makes new graphs in call {WARM_UPS} with equal inputs")
+
+
+def timed(
+    call: Callable[[], Any], samples: int, device: torch.device, repeats: int, *, compiled: bool = False
+) -> dict[str, float | None]:
     """Return the cost of a call: median milliseconds and GFLOP per sample and, on a GPU, the peak MiB.
 
-    One warm-up call precedes the `repeats` timed calls.
+    Warm-up calls precede the `repeats` timed calls. With `compiled`, the result also has `compiled_regions`, the number
+    of compiled regions that a call runs. Raises RuntimeError if there are none, and if a timed call compiles anything.
     """
     cuda = device.type == "cuda"
-    counted = flops(call)
+    _warm_up(call)
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-    times = []
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    times, graphs = [], compiled_graphs()
     for _ in range(repeats):
         begin = time.perf_counter()
         call()
         if cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
-    return {
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else None
+    if compiled_graphs() != graphs:
+        raise RuntimeError(f"torch.compile made {compiled_graphs() - graphs} new graphs in the timed calls")
+    cost: dict[str, float | None] = {
         "milliseconds": sorted(times)[repeats // 2] / samples * 1e3,
-        "gigaflop": counted / samples / 1e9,
-        "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
+        "gigaflop": flops(call) / samples / 1e9,
+        "peak_mib": peak,
     }
+    if compiled:
+        cost["compiled_regions"] = regions = compiled_regions(call)
+        if not regions:
+            raise RuntimeError("nothing compiled ran in a call that was to be timed compiled")
+    return cost
 
 
 class _Live(TorchDispatchMode):
@@ -124,7 +165,7 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with _Live() as live:
+    with _uncompiled(), _Live() as live:
         call()
     return live.peak / 2**20
 

@@ -30,6 +30,7 @@ from stitchvm_reward.stitching.value_model import ValueNetwork, read_config
 
 # Dense bf16 TFLOP/s of the devices that people train on, from their data sheets.
 PEAKS = {"H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0, "3090": 71.0}
+COMPILED = ("rollout step", "training level", "stitched score")  # phases that model.compile compiles
 MATRIX = 2048  # side of the product that stands for the peak of a device that is not listed
 
 
@@ -199,7 +200,8 @@ def _calls_per_sample(recipe: Recipe, phase: str) -> float:
 def measure(recipe: Recipe, repeats: int, device: torch.device) -> dict[str, Any]:
     """Return rows by phase and their sums: milliseconds, GFLOP and peak MiB per sample, and its calls per epoch.
 
-    A row's `share` is its part of the device's peak. `images_per_second` is what one process does of whole epochs,
+    With model.compile, phases of the transformer also have `compiled_regions`, the compiled regions that a call runs; a
+    phase that runs none raises RuntimeError. A row's `share` is its part of the device's peak. `images_per_second` is what one process does of whole epochs,
     without evaluation and encoding. Raises InputError for a model whose shapes are not known here, or for another
     objective than nft.
     """
@@ -217,7 +219,9 @@ def measure(recipe: Recipe, repeats: int, device: torch.device) -> dict[str, Any
         "training level": (bench.training_level, batch),
         "optimizer step": (bench.optimizer_step, 1),
     }
-    rows += [{"phase": name} | timed(call, samples, device, repeats) for name, (call, samples) in calls.items()]
+    for name, (call, samples) in calls.items():
+        compiled = recipe.model.compile and name.split(":")[0] in COMPILED
+        rows.append({"phase": name} | timed(call, samples, device, repeats, compiled=compiled))
     peak, source = peak_teraflops(device, recipe.model.torch_dtype)
     for row in rows:
         row["calls"] = _calls_per_sample(recipe, row["phase"])
@@ -243,8 +247,10 @@ def lines(result: dict[str, Any]) -> list[str]:
             f"{row['phase']:36}{row['milliseconds']:10.2f}{row['gigaflop']:11.2f}{row['share']:9.1%}{memory:>10}"
             f"{row['calls']:10.4g}{row['calls'] * row['milliseconds'] / whole:9.1%}"
         )
+    regions = [f"{row['phase']} {row['compiled_regions']}" for row in result["rows"] if "compiled_regions" in row]
     return [
         *table,
+        *([f"compiled regions per call: {', '.join(regions)}"] if regions else []),
         f"peak {result['peak_teraflops']:.4g} TFLOP/s ({result['peak_from']})",
         f"{result['images_per_second']:.3g} images per second per process, {result['epoch_seconds']:.1f} s per epoch "
         "on one process",

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from nft.config import load_recipe
 from nft.cost.benchmark import encode_cost, measure
+from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import SD3, architecture_of
 from stitchvm_reward.measure import flop_counter
@@ -53,6 +55,22 @@ def test_forwards_that_a_recipe_does_without_are_not_run():
     forward = lean["rollout step"]["gigaflop"]
     # without the reference's and the old policy's; the reference does without adapters
     assert published - lean["training level"]["gigaflop"] == pytest.approx(2 * forward, rel=0.1)
+
+
+@pytest.mark.slow
+def test_what_a_recipe_compiles_is_measured_compiled(monkeypatch):
+    monkeypatch.setattr(Generator, "compile_blocks", partialmethod(Generator.compile_blocks, backend="eager"))
+    torch._dynamo.reset()
+    rows = by_phase("recipes/shapes/stopped.yaml", "model.compile=true")
+    blocks = 6
+    assert {name: row["compiled_regions"] for name, row in rows.items() if "compiled_regions" in row} == {
+        "rollout step": blocks,
+        "stitched score: aesthetic": 4,  # the value model's backbone has so many blocks
+        "training level": blocks,
+    }
+    eager = by_phase("recipes/shapes/stopped.yaml")
+    assert rows["training level"]["gigaflop"] == pytest.approx(eager["training level"]["gigaflop"], rel=0.01)
+    torch._dynamo.reset()
 
 
 def test_attention_on_a_cpu_is_counted_as_elsewhere():

@@ -200,10 +200,10 @@ def _calls_per_sample(recipe: Recipe, phase: str) -> float:
 def measure(recipe: Recipe, repeats: int, device: torch.device) -> dict[str, Any]:
     """Return rows by phase and their sums: milliseconds, GFLOP and peak MiB per sample, and its calls per epoch.
 
-    With model.compile, phases of the transformer also have `compiled_regions`, the compiled regions that a call runs; a
-    phase that runs none raises RuntimeError. A row's `share` is its part of the device's peak. `images_per_second` is what one process does of whole epochs,
-    without evaluation and encoding. Raises InputError for a model whose shapes are not known here, or for another
-    objective than nft.
+    A row's `share` is its part of the device's peak. With model.compile, phases of the transformer also have
+    `compiled_regions`, the compiled regions that a call runs; a phase that runs none raises RuntimeError.
+    `images_per_second` is what one process does of whole epochs, without evaluation and encoding. Raises InputError for
+    a model whose shapes are not known here, or for another objective than nft.
     """
     if recipe.train.objective != "nft":
         raise InputError(

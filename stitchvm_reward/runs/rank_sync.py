@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from stitchvm_reward.errors import InputError, SharedError
-from stitchvm_reward.runs.tracking import Timings
+from stitchvm_reward.runs.tracking import Timings, waiting_for
 
 Item = TypeVar("Item")
 Parts = list[tuple[list[int], Tensor]]
@@ -74,7 +74,7 @@ class RankSync:
     """
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.timings = accelerator, Timings()
+        self.accelerator, self.timings = accelerator, Timings(waiting_for(accelerator.device))
         self.asked, self.stopped = False, False
         self.idle: Callable[[], None] = _nothing
 

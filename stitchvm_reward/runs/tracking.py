@@ -3,11 +3,12 @@
 import importlib.util
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stitchvm_reward.errors import InputError, nearest
@@ -19,13 +20,22 @@ PHASES = ("rollout", "decode", "score", "audit", "train", "meet")  # of an epoch
 SHOWN = ("reward/total", "train/old_deviation", "held_out/total")
 
 
+def waiting_for(device: torch.device) -> Callable[[], None]:
+    """Return a call that waits until a device has done what this program has asked of it; nothing on a CPU."""
+    if device.type != "cuda":
+        return lambda: None
+    return lambda: torch.cuda.current_stream(device).synchronize()
+
+
 class Timings:
     """Seconds spent per phase since the last `take`; `current` is the phase that was entered last.
 
-    A phase inside another one is not counted twice.
+    A phase inside another one is not counted twice. A GPU works behind the program that feeds it: `synchronise` waits
+    for it where a phase begins and ends, so that its work counts in the phase that asked for it.
     """
 
-    def __init__(self):
+    def __init__(self, synchronise: Callable[[], None] = lambda: None, clock: Callable[[], float] = time.perf_counter):
+        self.synchronise, self.clock = synchronise, clock
         self.seconds: dict[str, float] = {}
         self.current, self.moved, self._inner = "start", time.monotonic(), 0.0
 
@@ -51,13 +61,15 @@ class Timings:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        start, outer, self._inner = time.perf_counter(), self._inner, 0.0
+        self.synchronise()
+        start, outer, self._inner = self.clock(), self._inner, 0.0
         self.move()
         try:
             yield
+            self.synchronise()
         finally:
             self.move()
-            total = time.perf_counter() - start
+            total = self.clock() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + total - self._inner
             self._inner = outer + total
 

@@ -78,3 +78,53 @@ def test_pictures_and_curves_are_written(tmp_path):
     curves(tmp_path)
     assert (tmp_path / "pairs.png").stat().st_size > 1000
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+class Device:
+    """A clock, and a device that works behind the program: asking for work takes no time, waiting for it does."""
+
+    def __init__(self):
+        self.now, self.queued, self.timings = 0.0, 0.0, Timings(self.wait, lambda: self.now)
+
+    def wait(self):
+        self.now, self.queued = self.now + self.queued, 0.0
+
+    def work(self, seconds):
+        self.queued += seconds
+
+
+def test_work_on_a_device_counts_in_the_phase_that_asked_for_it():
+    device = Device()
+    with device.timings.phase("rollout"):
+        device.work(3.0)
+    with device.timings.phase("decode"):
+        device.work(1.0)
+    assert device.timings.take() == {"seconds/rollout": 3.0, "seconds/decode": 1.0}
+    assert device.now == 4.0  # no work is left to wait for outside the phases
+
+
+def test_waiting_for_a_device_is_not_waiting_for_other_processes():
+    device = Device()
+    with device.timings.phase("train"):
+        device.work(5.0)
+        with device.timings.meeting():
+            device.now += 2.0  # the other process is slower
+        device.work(1.0)
+    assert device.timings.take() == {"seconds/train": 6.0, "seconds/meet": 2.0}
+
+
+def test_work_before_a_phase_inside_another_counts_in_the_outer_one():
+    device = Device()
+    with device.timings.phase("audit"):
+        device.work(4.0)
+        with device.timings.phase("score"):
+            device.work(0.5)
+    assert device.timings.take() == {"seconds/audit": 4.0, "seconds/score": 0.5}
+
+
+def test_a_failure_in_a_phase_is_not_followed_by_a_wait():
+    device = Device()
+    with pytest.raises(KeyError), device.timings.phase("rollout"):
+        device.work(3.0)
+        raise KeyError
+    assert device.now == 0.0

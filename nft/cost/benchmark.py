@@ -21,6 +21,7 @@ from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import architecture_of
 from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.measure import timed
+from stitchvm_reward.peaks import peak_teraflops
 from stitchvm_reward.random_models import pixel_embedding, random_clip, random_generator, randomised
 from stitchvm_reward.rewards.recipe import RewardRecipe
 from stitchvm_reward.rewards.tail import RewardTail
@@ -28,22 +29,7 @@ from stitchvm_reward.stitching.benchmark import BLOCK, REWARD_BLOCK
 from stitchvm_reward.stitching.config import load_stitch_recipe
 from stitchvm_reward.stitching.value_model import ValueNetwork, read_config
 
-# Dense bf16 TFLOP/s of the devices that people train on, from their data sheets.
-PEAKS = {"H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0, "3090": 71.0}
 COMPILED = ("rollout step", "training level", "stitched score")  # phases that model.compile compiles
-MATRIX = 2048  # side of the product that stands for the peak of a device that is not listed
-
-
-def peak_teraflops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return the TFLOP/s that shares refer to, and where the number comes from."""
-    if device.type == "cuda":
-        for name, peak in PEAKS.items():
-            if name in torch.cuda.get_device_name():
-                return peak, f"{name} data sheet, dense bf16"
-    a = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
-    result = timed(lambda: a @ a, 1, device, 5)
-    rate = float(result["gigaflop"] or 0) / float(result["milliseconds"] or 1)
-    return rate, f"a {MATRIX} x {MATRIX} product on this device"
 
 
 def encode_cost(recipe: Recipe, device: torch.device, repeats: int) -> dict[str, Any]:

@@ -149,11 +149,13 @@ def run_value(arguments: argparse.Namespace) -> None:
 
 
 def run_steering(arguments: argparse.Namespace) -> None:
+    from stitchvm_reward.runs.numerics import set_numerics
     from stitchvm_reward.runs.recipe import read_recipe
     from stitchvm_reward.steering.evaluate import Comparison, ComparisonRecipe, run
     from stitchvm_reward.steering.report import draw, report
 
     recipe = read_recipe(ComparisonRecipe, arguments.recipe, arguments.overrides)
+    set_numerics(bool(recipe.model.deterministic), recipe.model.tf32)
     if arguments.plot is not None:
         check_writable(arguments.plot)
         print(report(recipe))

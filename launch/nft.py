@@ -53,11 +53,12 @@ def train(recipe) -> None:
     hide_loading_bars()
     check_recipe(recipe)
     from nft.trainer import Trainer
-    from stitchvm_reward.runs.launcher import make_accelerator, shutdown, take_all_cores
+    from stitchvm_reward.runs.launcher import make_accelerator, shutdown
+    from stitchvm_reward.runs.numerics import set_numerics
     from stitchvm_reward.runs.rank_sync import RankSync, Stopped, mark_stopped, watchdog
 
+    set_numerics(bool(recipe.model.deterministic), recipe.model.tf32)
     accelerator = make_accelerator(recipe.timeout)
-    take_all_cores(accelerator)
     ranks = RankSync(accelerator)
     ranks.listen()
     try:

@@ -28,13 +28,14 @@ def run(arguments: argparse.Namespace) -> None:
     from stitchvm_reward.stitching.config import load_stitch_recipe
 
     recipe = load_stitch_recipe(arguments.recipe, arguments.overrides)
-    from stitchvm_reward.runs.launcher import make_accelerator, shutdown, take_all_cores
+    from stitchvm_reward.runs.launcher import make_accelerator, shutdown
+    from stitchvm_reward.runs.numerics import set_numerics
     from stitchvm_reward.runs.rank_sync import RankSync, watchdog
     from stitchvm_reward.stitching.build import build
 
     hide_loading_bars()
+    set_numerics(bool(recipe.model.deterministic), recipe.model.tf32)
     accelerator = make_accelerator(recipe.timeout)
-    take_all_cores(accelerator)
     ranks = RankSync(accelerator)
     ranks.listen()
     with watchdog(ranks.timings, recipe.timeout, accelerator.process_index):

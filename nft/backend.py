@@ -1,4 +1,8 @@
-"""How processes share the training of one network: DDP, or a stage of DeepSpeed's ZeRO, behind the same few calls.
+"""How processes share the training of one network: data parallel, or a stage of DeepSpeed's ZeRO, by the same calls.
+
+Without DeepSpeed every process holds the whole network, and the adapters' gradients are summed in one message at the
+step. DDP is not used: it rebuilds its buckets after a run's first step, so a resumed run would add gradients in another
+order than one that never stopped.
 
 Checkpoints are the same for all backends and any number of processes: what a backend shards is gathered when it is
 saved and distributed anew when it is restored.
@@ -14,14 +18,15 @@ from torch import Tensor, nn
 
 from nft.optimization import OptimizationSettings, make_optimizer
 from nft.policy import Policy, local_part
-from stitchvm_reward.errors import InputError
+from stitchvm_reward.errors import InputError, SharedError
 from stitchvm_reward.runs import checkpoint
+from stitchvm_reward.runs.gradients import FlatGradients
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def zero_stage(accelerator: Accelerator) -> int:
-    """Return the stage of ZeRO, 1 to 3, or 0 for DDP and for one process."""
+    """Return the stage of ZeRO, 1 to 3, or 0 without DeepSpeed."""
     plugin = accelerator.state.deepspeed_plugin
     return 0 if plugin is None else int(plugin.zero_stage)
 
@@ -30,63 +35,80 @@ class Backend:
     """A policy's network prepared for training, and its optimizer.
 
     `network` is what to call, `optimizer` the torch optimizer that holds the learning rate, and `stage` the stage of
-    ZeRO, or 0 for DDP and one process.
+    ZeRO, or 0 without DeepSpeed.
     """
 
     def __init__(self, accelerator: Accelerator, policy: Policy, train: OptimizationSettings):
         self.accelerator, self.train = accelerator, train
         self.parameters = list(policy.tensors("current").values())
         self.stage = zero_stage(accelerator)
+        self.engine: Any = None
+        self.network, self.optimizer = policy.network, make_optimizer(train, self.parameters)
         if self.stage:
             _configure(accelerator.state.deepspeed_plugin, train)
-        self.network, wrapped = accelerator.prepare(policy.network, make_optimizer(train, self.parameters))
-        self.engine: Any = accelerator.deepspeed_engine_wrapped.engine if self.stage else None
-        self.optimizer: torch.optim.Optimizer = self.engine.optimizer.optimizer if self.engine else wrapped.optimizer
+            self.network, _ = accelerator.prepare(self.network, self.optimizer)
+            self.engine = accelerator.deepspeed_engine_wrapped.engine
+            self.optimizer = self.engine.optimizer.optimizer
+        else:
+            self.gradients = FlatGradients(self.parameters)
+
+    def require_same_weights(self, step: int) -> None:
+        """Raise SharedError where processes hold different weights or are at different optimizer steps.
+
+        All processes call this together. Each loads the weights itself, so another version of a file on one machine
+        would spoil the training without any other sign. Under ZeRO-3 a process holds its shards only, and all run with
+        the same gathered weights.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        named = [] if self.stage == 3 else list(self.network.named_parameters())
+        sums = torch.stack([torch.tensor(step, device=self.accelerator.device), *(_bits(p) for _, p in named)])
+        extremes = torch.stack([sums, -sums])
+        torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
+        different = (extremes[0] != -extremes[1]).nonzero().flatten().tolist()
+        if different:
+            what = named[different[0] - 1][0].removeprefix("module.") if different[0] else "the optimizer step"
+            raise SharedError(
+                f"the processes do not start alike: {what} and {len(different) - 1} more differ. Give all machines the "
+                "same model files and the same run folder"
+            )
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
-        """Hold the passes of one optimizer step; gradients are reduced once, by the last `backward` or at the end."""
+        """Hold the passes of one optimizer step; gradients are reduced once, after the last of them."""
         if self.engine is None:
             yield
         else:
             with self.engine.coalesce_grad_reduction():
                 yield
 
-    @contextmanager
-    def passing(self, last: bool) -> Iterator[None]:
-        """Hold one forward and backward pass inside `accumulating`; `last` tells whether it is the step's last."""
-        if self.engine is not None or last:
-            yield
-        else:
-            with self.accelerator.no_sync(self.network):
-                yield
-
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss; they are averaged over processes."""
+        """Add the gradients of a loss; `step` sums them over processes."""
         if self.engine is None:
-            self.accelerator.backward(loss)
+            loss.backward()
         else:
-            self.engine.backward(loss)
+            self.engine.backward(loss * self.accelerator.num_processes)  # DeepSpeed averages
 
     def step(self) -> float | None:
-        """Clip the gradients, take a step and clear them.
+        """Sum the gradients over processes, clip them, take a step and clear them.
 
         Returns their norm before clipping, or None where it is not finite: then nothing was applied on any process.
         """
         if self.engine is not None:
             self.engine.step()
             return None if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
+        self.gradients.reduce()
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.train.max_gradient_norm))
         finite = norm < float("inf")
         if finite:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients.clear()
         return norm if finite else None
 
     def discard(self) -> None:
         """Clear the gradients without taking a step, on all processes together."""
         if self.engine is None:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.gradients.clear()
             return
         # DeepSpeed drops gradients, with all that it keeps beside them, only when their norm is not finite.
         sharded: Any = self.engine.optimizer
@@ -157,6 +179,12 @@ class Backend:
                     safe_set_local_optimizer_state(parameter, local_part(whole, parameter), name)
                 else:
                     safe_set_full_optimizer_state(parameter, whole, name)
+
+
+def _bits(parameter: Tensor) -> Tensor:
+    """Return the sum of a tensor's bit patterns, int64: exact, and so the same in any order of summation."""
+    whole = {2: torch.int16, 4: torch.int32}[parameter.element_size()]
+    return parameter.detach().view(whole).sum(dtype=torch.int64)
 
 
 def _configure(plugin: Any, train: OptimizationSettings) -> None:

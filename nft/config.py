@@ -27,6 +27,11 @@ class PolicyModelRecipe(ModelRecipe):
 
     def __post_init__(self):
         super().__post_init__()
+        require(
+            self.dtype != "float16",
+            "model.dtype must be bfloat16 or float32: gradients are too small for float16, most of them become zero",
+            self.dtype,
+        )
         one_of("model.vae_dtype", self.vae_dtype, ("float32", "bfloat16"))
 
 

@@ -102,11 +102,9 @@ class Learner:
         with self.backend.accumulating():
             for index in range(rounds):
                 losses = objective.losses(batches[index] if index < len(batches) else self.stand_in, epoch)
-                for place, compute in enumerate(losses):
-                    with self.backend.passing(last=index == rounds - 1 and place == len(losses) - 1):
-                        loss, parts = compute()
-                        # Gradients are averaged over processes; the sum over all samples is wanted.
-                        self.backend.backward(loss * accelerator.num_processes / count)
+                for compute in losses:
+                    loss, parts = compute()
+                    self.backend.backward(loss / count)
                     sums[:-1] += parts
                 bar.update()
                 bar.set_postfix(objective.progress(batches[: index + 1]), refresh=False)

@@ -3,8 +3,11 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from nft.config import Recipe
 from nft.export.lora import read_lora
+from nft.objectives import objective_class
 from nft.prompts import check_prompts
 from stitchvm_reward.diffusion.generator import chosen_guidance
 from stitchvm_reward.diffusion.recipe import ModelRecipe
@@ -56,6 +59,18 @@ def builder_of(folder: Path) -> Path | None:
     return None
 
 
+def _check_deterministic(recipe: Recipe) -> None:
+    """Raise InputError where a GPU has no deterministic kernel for what the recipe back-propagates."""
+    gradient = objective_class(recipe.train.objective).cost(recipe.train).reward_gradient
+    pixel = [reward.name for reward in recipe.rewards if not reward.custom and reward.kind != "value"]
+    if recipe.model.deterministic and gradient and pixel and torch.cuda.is_available():
+        raise InputError(
+            f"model.deterministic is on, and reward {pixel[0]} resizes images by antialiased bicubic interpolation, "
+            "whose backward pass (upsample_bicubic2d_aa_backward_out_cuda) has no deterministic kernel: set "
+            "model.deterministic=false, or train on a value model"
+        )
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Check everything of a run that does not need its weights. Raises InputError."""
     check_run_folder(recipe)
@@ -72,6 +87,7 @@ def check_inputs(recipe: Recipe) -> None:
         config = architecture_of(recipe.model.path).transformer
         chosen_guidance(family, config, recipe.model.guidance, recipe.model.path)
     check_trackers(recipe.tracking)
+    _check_deterministic(recipe)
     for reward in recipe.rewards:
         if reward.custom:
             check_custom(reward)

@@ -15,6 +15,7 @@ from nft.preflight import check_recipe
 from nft.trainer import Trainer
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.launcher import make_accelerator
+from stitchvm_reward.runs.numerics import set_numerics
 from stitchvm_reward.runs.tracking import read_metrics
 
 CLOSE_SHARE = 0.02  # of the reference value
@@ -71,8 +72,10 @@ def _rerun(recipe: Recipe, folder: Path, epochs: int) -> list[dict[str, float]]:
         epochs=epochs,
         evaluation=replace(recipe.evaluation, every=1),
         checkpoint=replace(recipe.checkpoint, every=epochs, resume="never"),
+        model=replace(recipe.model, deterministic=recipe.model.deterministic in (None, True)),
     )
     check_recipe(short)
+    set_numerics(bool(short.model.deterministic), short.model.tf32)
     accelerator = make_accelerator()
     Trainer(short, accelerator).train()
     return [comparable(row) for row in read_metrics(folder / "run")]
@@ -89,6 +92,7 @@ def run(recipe: Recipe, recipe_path: Path, folder: Path, record: int | None) -> 
             "versions": versions,
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")

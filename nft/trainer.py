@@ -79,6 +79,7 @@ class Trainer:
         self.before: tuple[Tensors | None, dict[str, Any]] | None = None  # what an interrupted epoch goes back to
         with self.ranks.together():
             self._resume()
+        self.learner.backend.require_same_weights(self.learner.step)
         first = self.epoch + (self.pending is None) if self.epoch else 0
         self.tracker = Tracker(self.folder, first, self.recipe.tracking) if self.main else None
 

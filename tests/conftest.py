@@ -55,11 +55,9 @@ def make_trainer(overrides) -> Callable[..., Any]:
     def make(out: Path, *more: str, recipe: str = RECIPE):
         from nft.config import load_recipe
         from nft.trainer import Trainer
-        from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
+        from stitchvm_reward.runs.launcher import make_accelerator
 
-        accelerator = make_accelerator()
-        take_all_cores(accelerator)  # as the command line does: the last bit depends on the number of threads
-        return Trainer(load_recipe(recipe, overrides(out, *more)), accelerator)
+        return Trainer(load_recipe(recipe, overrides(out, *more)), make_accelerator())
 
     return make
 

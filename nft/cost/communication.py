@@ -1,7 +1,7 @@
 """What the processes of a run exchange, in bytes, and an estimate of what that costs on many GPUs.
 
-The counts follow the code of the trainer under DDP; tests/distributed/test_communication.py compares them with what two
-processes really exchange.
+The counts follow the code of the trainer without DeepSpeed; tests/distributed/test_communication.py compares them with
+what two processes really exchange.
 """
 
 import math
@@ -44,7 +44,8 @@ class Message:
 def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> list[Message]:
     """Return every message of one epoch of rollout, scoring, audit and training; none for a single process.
 
-    Audits are spread over the epochs. Evaluation is separate; a checkpoint, a start and an end need a few syncs more.
+    The gradients of all adapters are one message. Audits are spread over the epochs. Evaluation is separate; a
+    checkpoint, a start and an end need a few syncs more.
     """
     if processes == 1:
         return []

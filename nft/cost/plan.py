@@ -11,6 +11,7 @@ from nft.objectives import objective_class
 from nft.policy import ADAPTERS
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import architecture_of, family_of
+from stitchvm_reward.runs.launcher import threads_line
 
 GIB = 2**30
 
@@ -94,12 +95,13 @@ def announce(recipe: Recipe, processes: int, write: Callable[[str], None]) -> di
 
     `cost/teraflop` is over all processes; it is missing for a model whose shapes are not known here.
     """
+    lines = [*work_lines(recipe, processes), threads_line()]
     try:
         cost = costs(recipe)
     except InputError:
-        write("\n".join(work_lines(recipe, processes)))
+        write("\n".join(lines))
         return {}
-    write("\n".join([*work_lines(recipe, processes), *memory_warning(recipe, cost)]))
+    write("\n".join([*lines, *memory_warning(recipe, cost)]))
     return {"cost/teraflop": sum(work(recipe, recipe_geometry(recipe, processes), cost).values())}
 
 

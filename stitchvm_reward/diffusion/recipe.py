@@ -21,6 +21,13 @@ class ModelRecipe:
     guidance: float | None = None
     """Guidance scale that a guidance-distilled model such as FLUX.1-dev is given, in rollouts and in training alike;
     null: the family's own (3.5 for FLUX.1-dev). Other models have no such input."""
+    deterministic: bool | None = None
+    """Compute with deterministic kernels only, so that a rerun or a resumed run on the same kind of GPU and the same
+    versions gives the same bits. An operation that has none ends the run with its name. On a CPU runs repeat without
+    it. Slower on a GPU, by an amount that has not been measured. null: on for --check and --record, off otherwise."""
+    tf32: bool = True
+    """On a GPU, round the inputs of float32 products and convolutions to TF32 (10 bits of mantissa). It concerns what
+    does not run in bfloat16, such as rewards and the autoencoder."""
 
     def __post_init__(self):
         one_of("model.dtype", self.dtype, DTYPES)

@@ -4,15 +4,20 @@ import importlib.util
 import os
 from datetime import timedelta
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from stitchvm_reward.errors import InputError
 
+LAUNCHED = "ACCELERATE_DYNAMO_BACKEND"  # set by every launch of accelerate
+
 
 def make_accelerator(timeout: float = 1800) -> Accelerator:
     """Return the accelerator of this process, in full precision: recipes choose number formats themselves.
+
+    A single process on the CPU takes all of its cores, unless the user has chosen the number of threads.
 
     A collective fails one minute after `timeout` seconds, so that the watchdog reports first. Raises InputError if
     accelerate sees another number of processes than the launcher started: the processes would silently train separate
@@ -44,6 +49,8 @@ def make_accelerator(timeout: float = 1800) -> Accelerator:
             f"{several} processes were requested but accelerate sees {accelerator.num_processes}; "
             "on CPUs run: torchrun --nproc-per-node N launch/nft.py RECIPE"
         )
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and not threads_chosen():
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     return accelerator
 
 
@@ -67,7 +74,31 @@ def shutdown(accelerator: Accelerator) -> None:
     accelerator.end_training()
 
 
-def take_all_cores(accelerator: Accelerator) -> None:
-    """Give a single process on the CPU all of its cores; accelerate's launcher leaves it one thread."""
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+def threads_chosen() -> bool:
+    """Return whether the user has chosen the number of OpenMP threads.
+
+    accelerate's launcher sets OMP_NUM_THREADS=1 where the user has set nothing, so what counts is the environment and
+    the command line of the launcher itself: the nearest ancestor that does not have the launcher's variables.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        return False
+    if os.environ["OMP_NUM_THREADS"] != "1" or LAUNCHED not in os.environ:
+        return True
+    try:
+        for ancestor in psutil.Process().parents():
+            environment = ancestor.environ()
+            if LAUNCHED not in environment:
+                asked = any(word.replace("-", "_").startswith("__num_cpu_threads") for word in ancestor.cmdline())
+                return asked or "OMP_NUM_THREADS" in environment
+    except psutil.Error:
+        pass
+    return True
+
+
+def threads_line() -> str:
+    """Return how many threads a process computes with on the CPU, and how they wait for each other."""
+    spins = os.environ.get("GOMP_SPINCOUNT", "the default")
+    waits = f"OMP_WAIT_POLICY {policy}" if (policy := os.environ.get("OMP_WAIT_POLICY")) else f"GOMP_SPINCOUNT {spins}"
+    chosen = "as OMP_NUM_THREADS says" if threads_chosen() else "OMP_NUM_THREADS sets another number"
+    cores = len(os.sched_getaffinity(0))
+    return f"threads      {torch.get_num_threads()} per process on {cores} cores ({chosen}; {waits})"

@@ -225,6 +225,9 @@ class Builder:
     def _config(self, block: int, reward_block: int) -> dict[str, Any]:
         """Return the content of the value model's config.json."""
         recipe, clip = self.recipe, self.tower.clip
+        model = dataclasses.asdict(recipe.model)
+        for setting in ("deterministic", "tf32"):  # of the machine, not of the model
+            del model[setting]
         backbone = {
             "guidance": self.head.guidance,
             "block": block,
@@ -233,7 +236,7 @@ class Builder:
         }
         return {
             "format": FORMAT,
-            "backbone": dataclasses.asdict(recipe.model) | backbone,
+            "backbone": model | backbone,
             "vae": self.latent_space,
             "reward": {
                 "kind": recipe.reward.kind,

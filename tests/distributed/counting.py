@@ -1,8 +1,8 @@
 """One process of a count of what crosses between processes: counting.py PLAN, a JSON list of runs.
 
 Each run is {"recipe": ..., "overrides": [...], "out": FILE}. Process 0 writes FILE: for the start, the first epoch, the
-second one and an evaluation, every collective as [operation, bytes that the process hands over, times], and the bytes
-that its sockets sent, null where the system does not tell.
+second one, an evaluation and a planted broadcast of the network, every collective as [operation, bytes that the process
+hands over, times], and the bytes that its sockets sent, null where the system does not tell.
 """
 
 import json
@@ -28,7 +28,7 @@ SENT = 200
 
 
 class Collectives(TorchDispatchMode):
-    """Every collective of this process, DDP's from C++ among them: all go through torch's dispatcher."""
+    """Every collective of this process: all go through torch's dispatcher."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,11 @@ def count(run: dict, accelerator: Accelerator) -> dict:
     found |= {"first": counted(trainer.run_epoch), "second": counted(trainer.run_epoch)}
     found["evaluation"] = counted(lambda: trainer.held_out.evaluate(2))
     found["adapter_parameters"] = sum(parameter.numel() for parameter in trainer.learner.backend.parameters)
-    found["network_bytes"] = sum(p.numel() * p.element_size() for p in trainer.learner.network.parameters())
+    weights = list(trainer.learner.network.parameters())
+    found["network_bytes"] = sum(p.numel() * p.element_size() for p in weights)
+    found["network_parameters"] = len(weights)
+    whole = torch.cat([p.detach().flatten() for p in weights])
+    found["planted"] = counted(lambda: torch.distributed.broadcast(whole, 0))
     return found
 
 

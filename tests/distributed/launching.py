@@ -48,11 +48,16 @@ def start(backend: str, processes: int, worker: Path, plan: Path, timeout: float
 
 def run_all(backend: str, processes: int, runs: dict[Path, list[str]]) -> None:
     """Make runs {folder: overrides} one after the other in one start; one named for a fault of FAULTS has it."""
+    make_runs(backend, processes, list(runs.items()))
+
+
+def make_runs(backend: str, processes: int, runs: list[tuple[Path, list[str]]]) -> None:
+    """Make runs (folder, overrides) one after the other in one start, as `run_all`; a folder may occur again."""
     plan = [
         {"recipe": RECIPE, "out": str(out), "overrides": given, "fault": out.name if out.name in FAULTS else None}
-        for out, given in runs.items()
+        for out, given in runs
     ]
-    path = next(iter(runs)).parent / f"plan-{backend}-{processes}.json"
+    path = runs[0][0].parent / f"plan-{backend}-{processes}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plan))
     done = start(backend, processes, WORKER, path, timeout=600)

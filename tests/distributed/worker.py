@@ -7,7 +7,6 @@ A fault is one to look out for: `unreduced` gradients stay on the process that c
 `moments`, or the `old` adapter, which begins anew. A run under recipes/stitch builds a value model.
 """
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -37,8 +36,9 @@ def train(run: dict, accelerator: Accelerator) -> None:
             if rollout.rewards:  # those of draft are found in the update
                 collected[f"reward.{sample}"] = rollout.rewards["total"][place].clone()
     save_file(collected, Path(run["out"]) / f"epoch-{trainer.epoch}-rank-{accelerator.process_index}.safetensors")
-    with trainer.learner.network.no_sync() if fault == "unreduced" else contextlib.nullcontext():
-        trainer.train()
+    if fault == "unreduced":
+        trainer.learner.backend.gradients.reduce = lambda: None
+    trainer.train()
 
 
 def main(plan: Path) -> None:

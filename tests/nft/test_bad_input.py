@@ -84,6 +84,10 @@ def test_missing_model_folder(refuses, tmp_path):
     refuses(f"model.path={tmp_path}/nowhere", message=["model folder not found", "nowhere"])
 
 
+def test_training_in_float16(refuses):
+    refuses("model.dtype=float16", message=["bfloat16 or float32", "gradients are too small", "'float16'"])
+
+
 def test_missing_model_folder_that_looks_like_a_hub_id(refuses):
     refuses("model.path=models/nowhere", message=["models/nowhere"])
 

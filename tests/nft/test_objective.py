@@ -180,6 +180,22 @@ def test_half_precision_velocities_give_float32_losses_that_do_not_underflow():
     assert kl.item() == pytest.approx(1e-8, rel=1e-2)
 
 
+def test_gradients_of_a_full_size_epoch_are_too_small_for_float16():
+    """Which is why model.dtype=float16 is refused for training."""
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(4, 16, 64, 64, generator=generator) for _ in range(4)]
+    t, tau, r = torch.full((4,), 0.5), torch.zeros(4), torch.tensor([0.0, 0.4, 0.6, 1.0])
+
+    def lost(dtype: torch.dtype) -> float:
+        velocity = (draw[0] + 0.1 * draw[3]).to(dtype).requires_grad_()
+        policy, *_ = nft_loss(Batch(velocity, draw[0], None, draw[1], draw[2], draw[1] + draw[2], t, tau, r), 1.0)
+        (policy.sum() / (48 * 24 * 9)).backward()  # the share of one level of one of 48 x 24 samples
+        return float((velocity.grad == 0).float().mean())
+
+    assert lost(torch.bfloat16) < 0.001
+    assert lost(torch.float16) > 0.28
+
+
 def test_unknown_space_is_refused():
     with pytest.raises(ValueError, match=r"anchor, velocity.*'pixel'"):
         nft_loss(Batch(*random_case()), beta=1.0, space="pixel")

@@ -11,7 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from nft.config import load_recipe
 from nft.trainer import Trainer
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.runs.launcher import make_accelerator, take_all_cores
+from stitchvm_reward.runs.launcher import make_accelerator
 from stitchvm_reward.runs.rank_sync import RankSync, Stopped
 from stitchvm_reward.runs.tracking import Timings
 from tests.tiny import RECIPE, STOPPED
@@ -52,7 +52,6 @@ def signalled(monkeypatch, phase: str, number: int, at: int) -> None:
 
 def run(overrides, out, settings) -> bool:
     accelerator = make_accelerator()
-    take_all_cores(accelerator)
     ranks = RankSync(accelerator)
     ranks.listen()
     return Trainer(load_recipe(RECIPE, overrides(out, *settings)), accelerator, ranks).train()

@@ -142,8 +142,10 @@ class _Live(TorchDispatchMode):
 
         old = storages((arguments, named))
         result = function(*arguments, **(named or {}))
+        if any(returned.alias_info for returned in function._schema.returns):
+            return result  # a view, or what was written to
         for key, storage in storages(result).items():
-            if key not in old and key not in self.seen:  # not a view of an existing tensor
+            if key not in old and key not in self.seen:
                 self.seen.add(key)
                 self.bytes += storage.nbytes()
                 self.peak = max(self.peak, self.bytes)
@@ -165,9 +167,14 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peak_of_created(call) / 2**20
+
+
+def peak_of_created(call: Callable[[], Any]) -> int:
+    """Return the peak bytes of the tensors that a call creates; they may be fake."""
     with _uncompiled(), _Live() as live:
         call()
-    return live.peak / 2**20
+    return live.peak
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -103,6 +103,11 @@ class TextTower:
         self.scale = float(clip.logit_scale.float().exp()) / PICKSCORE_DIVISOR if kind == "pickscore" else 1.0
         self._known: dict[str, Tensor] = {}
 
+    def to(self, device: torch.device) -> None:
+        """Move the tower to a device."""
+        self.clip.to(device)
+        self._known = {prompt: embedding.to(device) for prompt, embedding in self._known.items()}
+
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> Tensor:
         """Return normalised embeddings (len(prompts), width) float32."""

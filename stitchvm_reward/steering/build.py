@@ -13,7 +13,15 @@ from stitchvm_reward.families import architecture_of, family_of_class
 from stitchvm_reward.families.family import Architecture, Conditions, Family
 from stitchvm_reward.rewards import Reward, check_custom, load_reward
 from stitchvm_reward.rewards.recipe import RewardRecipe
-from stitchvm_reward.steering.sampling import as_value, check_memory, make_denoiser, progress_bar, steer_prompts
+from stitchvm_reward.steering.memory import encoders_away, free_memory
+from stitchvm_reward.steering.sampling import (
+    as_value,
+    candidate_bytes,
+    make_denoiser,
+    progress_bar,
+    require_memory,
+    steer_prompts,
+)
 from stitchvm_reward.steering.settings import Settings, SteeringRecipe
 from stitchvm_reward.steering.values import MonteCarloValue, StitchedValue, TweedieValue, Value
 from stitchvm_reward.stitching.value_model import load_for, read_config
@@ -56,7 +64,7 @@ def load_value(recipe: SteeringRecipe, generator: Generator, shared: bool = True
 def check_memory_first(
     model: str, resolution: int | None, *, dtype: torch.dtype, device: torch.device, method: str, settings: Settings
 ) -> None:
-    """Check memory as `check_memory` does, for a model that is not loaded yet.
+    """Check that the particles fit into the device's memory, for a model that is not loaded yet.
 
     A model whose configurations are not available is not checked. Raises InputError.
     """
@@ -65,8 +73,8 @@ def check_memory_first(
     except InputError:
         return
     side = resolution or architecture.transformer.get("sample_size", SAMPLE_SIZE) * architecture.latent_factor
-    length = architecture.family.text_length
-    check_memory(architecture, side, length, method=method, settings=settings, dtype=dtype, device=device)
+    each = candidate_bytes(architecture, side, architecture.family.text_length, dtype)
+    require_memory(method, settings, each, free_memory(device))
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,9 @@ def steer(
 
     `method` is best_of_n, fk or dps. `value` is a StitchedValueModel, a dict of them, a reward of images with
     score(images, prompts), or a Value of steering.values. A picture depends on the seed and on the position of its
-    prompt in the list, not on settings.micro_batch. The pipeline's networks are frozen and put into evaluation mode.
-    Attached adapters take part in sampling, but a value model must not run on blocks that they change.
+    prompt in the list, not on settings.micro_batch. The pipeline's networks are frozen and put into evaluation mode,
+    and its text encoders leave the GPU meanwhile. Value models move to the pipeline's device. Attached adapters take
+    part in sampling, but a value model must not run on blocks that they change.
 
     Raises InputError for a pipeline of an unknown family, and for settings, a value or a model that do not fit.
     """
@@ -112,27 +121,24 @@ def steer(
     if isinstance(chosen, StitchedValue):
         for model in chosen.models.values():
             model.require_fit(generator)
+            model.to(generator.device)
             if model.backbone.network is generator.transformer and has_adapters(pipeline):
                 raise InputError(
                     "the value model runs on the pipeline's own blocks, which have adapters now: load it with blocks "
                     "of its own (from_pretrained without backbone), or unload the adapters"
                 )
     length = text_length or default_text_length(family, pipeline)
+    each = candidate_bytes(live_architecture(family, pipeline), side, length, generator.dtype)
+    require_memory(method, settings, each, free_memory(generator.device))
     conditions, negative = encode(pipeline, prompts, negative_prompt, length)
-    check_memory(
-        live_architecture(family, pipeline),
-        side,
-        length,
-        method=method,
-        settings=settings,
-        dtype=generator.dtype,
-        device=generator.device,
-    )
-    denoiser = make_denoiser(generator, prompts, conditions, negative, value=chosen, settings=settings)
-    with progress_bar(len(prompts), method, settings) as bar:
-        steered = steer_prompts(denoiser, method, chosen, settings, bar)
-    with torch.no_grad():
-        images = torch.cat([generator.decode(part.best).cpu() for part in steered])
+    with encoders_away(family, pipeline, generator.device):
+        denoiser = make_denoiser(
+            generator, prompts, conditions, negative, value=chosen, settings=settings, method=method, kept=each
+        )
+        with progress_bar(denoiser, method, settings) as bar:
+            steered = steer_prompts(denoiser, method, chosen, settings, bar)
+        with torch.no_grad():
+            images = torch.cat([generator.decode(part.best).cpu() for part in steered])
     return Pictures(images, [trace for part in steered for trace in part.as_dicts()])
 
 

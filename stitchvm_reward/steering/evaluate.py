@@ -22,7 +22,14 @@ from stitchvm_reward.rewards.recipe import RewardRecipe
 from stitchvm_reward.runs.recipe import at_least, read_recipe, require
 from stitchvm_reward.steering.build import check_rewards, load_value, pixel_reward
 from stitchvm_reward.steering.denoiser import Denoiser
-from stitchvm_reward.steering.sampling import check_memory, make_denoiser, progress_bar, steer_prompts
+from stitchvm_reward.steering.memory import free_memory
+from stitchvm_reward.steering.sampling import (
+    candidate_bytes,
+    make_denoiser,
+    progress_bar,
+    require_memory,
+    steer_prompts,
+)
 from stitchvm_reward.steering.settings import METHODS, SteeringRecipe
 from stitchvm_reward.steering.values import Value
 
@@ -118,23 +125,27 @@ class Comparison:
             self.values[rewards] = load_value(settings, self.generator)
         value = self.values[rewards]
         conditions, negative = self.prompt_cache.conditions(prompts), self.prompt_cache.conditions([""])
-        check_memory(
-            self.architecture,
-            self.recipe.model.resolution,
-            self.recipe.model.text_length,
-            method=arm.method,
+        model = self.recipe.model
+        each = candidate_bytes(self.architecture, model.resolution, model.text_length, self.generator.dtype)
+        require_memory(arm.method, settings, each, free_memory(self.device))
+        denoiser = make_denoiser(
+            self.generator,
+            prompts,
+            conditions,
+            negative,
+            value=value,
             settings=settings,
-            dtype=self.generator.dtype,
-            device=self.device,
+            method=arm.method,
+            kept=each,
         )
-        return make_denoiser(self.generator, prompts, conditions, negative, value=value, settings=settings), value
+        return denoiser, value
 
     @torch.no_grad()
     def quality(self, arm: ArmRecipe, seed: int) -> dict[str, Any]:
         """Return the means of the reward and of every measure over one picture per prompt. Raises InputError."""
         denoiser, value = self.denoiser(arm, seed, len(self.prompts))
         settings = self.settings[arm.name]
-        with progress_bar(len(self.prompts), arm.method, settings) as bar:
+        with progress_bar(denoiser, arm.method, settings) as bar:
             bar.set_description(f"{arm.name}, seed {seed}")
             steered = steer_prompts(denoiser, arm.method, value, settings, bar)
         images = torch.cat([self.generator.decode(part.best) for part in steered])

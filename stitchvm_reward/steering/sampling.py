@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from stitchvm_reward.steering.best_of_n import best_of_n
 from stitchvm_reward.steering.denoiser import Denoiser
 from stitchvm_reward.steering.dps import dps
 from stitchvm_reward.steering.fk import fk
+from stitchvm_reward.steering.memory import GIB, fit_micro_batch
 from stitchvm_reward.steering.settings import Settings
 from stitchvm_reward.steering.trace import Steered
 from stitchvm_reward.steering.values import StitchedValue, TweedieValue, Value
 from stitchvm_reward.stitching.value_model import StitchedValueModel
 
-GIB = 2**30
 TOLERANCE = 0.02  # conditions of the empty prompt that were stored in half precision are off by up to 1/256
 
 
@@ -32,7 +31,7 @@ def steer_prompts(denoiser: Denoiser, method: str, value: Value, settings: Setti
     InputError for settings that do not fit, and where memory runs out or values are not finite.
     """
     settings.require_method(method)
-    size, results, total = prompts_per_wave(method, settings), [], 0.0
+    size, results, total = prompts_per_wave(denoiser, method, settings), [], 0.0
 
     def progress(steps):
         for step in steps:
@@ -51,7 +50,7 @@ def steer_prompts(denoiser: Denoiser, method: str, value: Value, settings: Setti
                     steered = dps(part, value, settings.dps, progress)
         except torch.OutOfMemoryError:
             raise InputError(
-                f"the device ran out of memory with micro_batch={settings.micro_batch} and "
+                f"the device ran out of memory with micro_batch={denoiser.micro_batch} and "
                 f"{settings.particles(method)} particles: lower them"
             ) from None
         total += float(steered.values.amax(1).sum())
@@ -60,55 +59,34 @@ def steer_prompts(denoiser: Denoiser, method: str, value: Value, settings: Setti
     return results
 
 
-def prompts_per_wave(method: str, settings: Settings) -> int:
+def prompts_per_wave(denoiser: Denoiser, method: str, settings: Settings) -> int:
     """Return the number of prompts that are steered at once."""
-    return max(1, settings.micro_batch // settings.particles(method))
+    return max(1, denoiser.micro_batch // settings.particles(method))
 
 
-def progress_bar(count: int, method: str, settings: Settings) -> tqdm:
-    """Return a progress bar for `steer_prompts` with `count` prompts."""
-    waves = -(-count // prompts_per_wave(method, settings))
+def progress_bar(denoiser: Denoiser, method: str, settings: Settings) -> tqdm:
+    """Return a progress bar for `steer_prompts`."""
+    waves = -(-len(denoiser.prompts) // prompts_per_wave(denoiser, method, settings))
     return tqdm(total=waves * settings.steps, desc=f"steer {method}", leave=False, dynamic_ncols=True)
 
 
-def require_memory(method: str, settings: Settings, latent_bytes: int, pass_bytes: int, free: int) -> None:
-    """Raise InputError if the particles of one prompt need more than `free` bytes beside the network.
+def candidate_bytes(architecture: Architecture, resolution: int, text_length: int, dtype: torch.dtype) -> int:
+    """Return the bytes that a candidate keeps beside a micro batch: a few float32 copies of its latent, and the tokens
+    of its next forward pass."""
+    tokens, width = architecture.family.sequence(architecture, resolution, text_length)
+    return 4 * 4 * math.prod(architecture.latent_shape(resolution)) + tokens * width * dtype.itemsize
 
-    A candidate takes a few float32 copies of its latent (`latent_bytes` each) and the tokens of its next forward pass
-    (`pass_bytes`).
-    """
-    proposals = settings.fk.proposals if method == "fk" else 1
-    particles = settings.particles(method)
-    needed = max(particles, settings.micro_batch) * proposals * (4 * latent_bytes + pass_bytes)
+
+def require_memory(method: str, settings: Settings, each: int, free: int) -> None:
+    """Raise InputError if the candidates of one prompt, of `each` bytes, need more than `free` beside the network."""
+    proposals, particles = settings.proposals(method), settings.particles(method)
+    needed = max(particles, settings.micro_batch or 1) * proposals * each
     if needed > free:
-        each = f" of {proposals} proposals" if proposals > 1 else ""
+        of = f" of {proposals} proposals" if proposals > 1 else ""
         raise InputError(
-            f"{particles} particles{each} must fit into memory: they need {needed / GIB:.1f} GiB beside the network, "
+            f"{particles} particles{of} must fit into memory: they need {needed / GIB:.1f} GiB beside the network, "
             f"{free / GIB:.1f} GiB are free; use fewer particles or a smaller micro_batch"
         )
-
-
-def check_memory(
-    architecture: Architecture,
-    resolution: int,
-    text_length: int,
-    *,
-    method: str,
-    settings: Settings,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Raise InputError if the particles do not fit into the device's free memory, for a transformer in `dtype`."""
-    tokens, width = architecture.family.sequence(architecture, resolution, text_length)
-    latent_bytes = 4 * math.prod(architecture.latent_shape(resolution))
-    require_memory(method, settings, latent_bytes, tokens * width * dtype.itemsize, free_memory(device))
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the free bytes of the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def make_denoiser(
@@ -119,13 +97,16 @@ def make_denoiser(
     *,
     value: Value,
     settings: Settings,
+    method: str | None = None,
+    kept: int = 0,
 ) -> Denoiser:
     """Return the denoiser of some prompts, with `conditions` (one row each), guided away from `negative` (one row).
 
     A guidance-distilled generator reads settings.guidance as an input and has no unguided branch: `negative` is not
     used. For other generators, settings.guidance is the scale of classifier-free guidance. If a value model runs on
     the generator's own network and its empty prompt equals `negative` up to rounding, both branches read the value
-    model's conditions, so that they share its blocks.
+    model's conditions, so that they share its blocks. If the settings leave the micro batch open, it is planned for
+    `method`, whose candidates take `kept` bytes each (see `fit_micro_batch`), and is 1 where no method is named.
     """
     distilled, null_text = generator.guidance is not None, False
     if distilled:
@@ -135,7 +116,7 @@ def make_denoiser(
         if model.backbone.network is generator.transformer and nearly_equal(model.null, negative):
             negative, null_text = model.null, True
             break
-    return Denoiser(
+    denoiser = Denoiser(
         generator=generator,
         prompts=prompts,
         numbers=list(range(len(prompts))),
@@ -145,9 +126,10 @@ def make_denoiser(
         guidance=settings.guidance,
         steps=settings.steps,
         stochasticity=settings.stochasticity,
-        micro_batch=settings.micro_batch,
+        micro_batch=settings.micro_batch or 1,
         seed=settings.seed,
     )
+    return denoiser if method is None else fit_micro_batch(denoiser, method, value, settings, kept)
 
 
 def nearly_equal(first: Conditions, second: Conditions) -> bool:

@@ -94,8 +94,9 @@ class Settings:
     stochasticity: float = 1.0
     """Noise of the transitions: 0 for none (Euler steps), 1 for the time reversal, 2 for twice its variance (as printed
     in Stitched Value Model, D.2)."""
-    micro_batch: int = 16
-    """Latents that a network processes at once, whatever the number of particles."""
+    micro_batch: int | None = None
+    """Latents that a network processes at once, whatever the number of particles. null: the largest power of two up to
+    16 that is planned to fit a GPU's free memory; 16 on a CPU."""
     seed: int = 0
     """Addresses the noise, together with the positions of prompt and particle."""
     best_of_n: BestOfN = field(default_factory=BestOfN)
@@ -106,7 +107,8 @@ class Settings:
         at_least("steps", self.steps, 2)
         require(1 <= self.guidance < 100, "guidance must be from 1 (none) to 100", self.guidance)
         require(0 <= self.stochasticity <= 10, "stochasticity must be in [0, 10]", self.stochasticity)
-        at_least("micro_batch", self.micro_batch, 1)
+        if self.micro_batch is not None:
+            at_least("micro_batch", self.micro_batch, 1)
         at_least("seed", self.seed, 0)
 
     def require_method(self, method: str) -> None:
@@ -139,6 +141,10 @@ class Settings:
     def particles(self, method: str) -> int:
         """Return the number of particles per prompt."""
         return {"best_of_n": self.best_of_n.particles, "fk": self.fk.particles, "dps": 1}[method]
+
+    def proposals(self, method: str) -> int:
+        """Return the largest number of candidates per particle."""
+        return self.fk.proposals if method == "fk" else 1
 
 
 @dataclass

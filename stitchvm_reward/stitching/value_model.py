@@ -66,6 +66,16 @@ class StitchedValueModel:
         self.latent_shape = tuple(config["latent_shape"])
         self.device = backbone.device
 
+    def to(self, device: torch.device | str) -> "StitchedValueModel":
+        """Move the model to a device, with the backbone's blocks that it runs, and return it."""
+        device = torch.device(device)
+        self.backbone.network.to(device)
+        self.network.to(device)
+        self.readout.to(device)
+        self.null = self.null.to(device, self.backbone.dtype)
+        self.backbone.device = self.device = device
+        return self
+
     def features(self, latents: Tensor, sigma: Tensor, conditions: Conditions | None = None) -> Tensor:
         """Return the backbone's features that this model reads, (batch, width, h, w)."""
         selected = self.select_conditions(len(latents), conditions)
@@ -284,10 +294,15 @@ def levels(sigma: Tensor | float, latents: Tensor) -> Tensor:
 
 
 def check_latents(model: StitchedValueModel, latents: Tensor) -> None:
-    """Raise InputError for latents whose shape is not the model's."""
+    """Raise InputError for latents whose shape or device is not the model's."""
     if latents.ndim != 4 or tuple(latents.shape[1:]) != model.latent_shape:
         expected = " x ".join(str(size) for size in model.latent_shape)
         raise InputError(f"the value model reads latents of (batch, {expected}), got {tuple(latents.shape)}")
+    if latents.device.type != model.device.type:
+        raise InputError(
+            f"the value model is on the {model.device.type} device, the latents are on {latents.device.type}: load it "
+            "with from_pretrained(..., device=latents.device), or move it with to(latents.device)"
+        )
 
 
 def score_all(

@@ -131,6 +131,6 @@ def test_a_reward_without_a_gradient_cannot_guide(pipeline):
 
 def test_memory_is_counted_before_it_is_used():
     settings = Settings(micro_batch=1, fk=FeynmanKac(particles=8, proposals=6))
-    require_memory("fk", settings, 1000, 6000, 48 * 10_000)
+    require_memory("fk", settings, 10_000, 48 * 10_000)
     with pytest.raises(InputError, match="8 particles of 6 proposals must fit into memory"):
-        require_memory("fk", settings, 1000, 6001, 48 * 10_000)
+        require_memory("fk", settings, 10_001, 48 * 10_000)

@@ -45,7 +45,7 @@ class Backend:
         self.engine: Any = None
         self.network, self.optimizer = policy.network, make_optimizer(train, self.parameters)
         if self.stage:
-            _configure(accelerator.state.deepspeed_plugin, train)
+            _configure(accelerator.state.deepspeed_plugin, train, sum(p.numel() for p in self.parameters))
             self.network, _ = accelerator.prepare(self.network, self.optimizer)
             self.engine = accelerator.deepspeed_engine_wrapped.engine
             self.optimizer = self.engine.optimizer.optimizer
@@ -187,8 +187,11 @@ def _bits(parameter: Tensor) -> Tensor:
     return parameter.detach().view(whole).sum(dtype=torch.int64)
 
 
-def _configure(plugin: Any, train: OptimizationSettings) -> None:
-    """Configure DeepSpeed as the recipe says. Raises InputError for what it cannot do."""
+def _configure(plugin: Any, train: OptimizationSettings, trained: int) -> None:
+    """Configure DeepSpeed as the recipe says, for so many `trained` parameters.
+
+    Raises InputError for what it cannot do.
+    """
     if train.optimizer != "adamw":
         raise InputError(
             f"train.optimizer={train.optimizer} and DeepSpeed exclude each other: ZeRO shards adamw's moments; set "
@@ -201,3 +204,6 @@ def _configure(plugin: Any, train: OptimizationSettings) -> None:
     config["gradient_clipping"] = train.max_gradient_norm
     # Every sharded parameter lives in its shard alone, with no second copy to keep consistent.
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    # Gradients are reduced in one bucket of the adapters' size; DeepSpeed's own buffer has 500 million numbers.
+    if config["zero_optimization"].get("reduce_bucket_size", "auto") == "auto":
+        config["zero_optimization"]["reduce_bucket_size"] = trained

@@ -1,6 +1,7 @@
 """The generator and the policy that a recipe describes."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,9 +11,12 @@ from nft.policy import Policy
 from stitchvm_reward.diffusion.generator import Generator
 
 
-def load_generator(recipe: Recipe, device: torch.device) -> Generator:
-    """Load the recipe's generator, with the recipe's ways to save memory. Raises InputError."""
-    generator = Generator.load(recipe.model, device, getattr(torch, recipe.model.vae_dtype))
+def load_generator(recipe: Recipe, device: torch.device, transformer: Any = None) -> Generator:
+    """Load the recipe's generator, with the recipe's ways to save memory. Raises InputError.
+
+    `transformer` is its transformer where it has been loaded already, as `load_sharded` does.
+    """
+    generator = Generator.load(recipe.model, device, getattr(torch, recipe.model.vae_dtype), transformer)
     save_memory(generator, recipe)
     return generator
 

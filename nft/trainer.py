@@ -21,6 +21,7 @@ from nft.objectives.objective import Learned, Parts
 from nft.prompts import check_prompts, encode_prompts
 from nft.rollout import stand_in
 from nft.scoring import RolloutScorer, Scorer
+from nft.sharded import load_sharded
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint
 from stitchvm_reward.runs.pictures import curves
@@ -39,7 +40,8 @@ class Trainer:
         prompts, held_out = check_prompts(recipe)
         scorer = Scorer(recipe.rewards, recipe.evaluation.metrics, accelerator.device)
         self.cache = encode_prompts(recipe, [*prompts, *held_out], self.ranks)
-        generator = load_generator(recipe, accelerator.device)
+        sharded = load_sharded(recipe.model, accelerator) if zero_stage(accelerator) == 3 else None
+        generator = load_generator(recipe, accelerator.device, sharded)
         # Blocks that ZeRO-3 shards cannot run apart from the rest: value models load their own.
         scorer.load_values(generator, shared=zero_stage(accelerator) < 3)
         policy = make_policy(recipe, generator)

@@ -102,6 +102,19 @@ def read_weights(folder: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]
                 yield name, file.get_tensor(name)
 
 
+def empty_transformer(family: Family, folder: Path, model: str) -> Any:
+    """Return the transformer that a folder's configuration describes, on the meta device.
+
+    Raises InputError where it is of another class than the family's, and OSError or ValueError where it is unreadable.
+    """
+    config = family.transformer.load_config(folder)
+    expected = family.transformer.__name__
+    if config.get("_class_name") != expected:
+        raise InputError(f"the transformer of {model} is a {config.get('_class_name')}, it must be a {expected}")
+    with torch.device("meta"):
+        return family.transformer.from_config(config)
+
+
 def load_backbone(
     model: str, blocks: int, dtype: torch.dtype, device: torch.device, guidance: float | None = None
 ) -> BackboneHead:
@@ -112,12 +125,7 @@ def load_backbone(
     family = family_of(model)
     folder = locate(model, ("transformer/*",)) / "transformer"
     try:
-        config = family.transformer.load_config(folder)
-        expected = family.transformer.__name__
-        if config.get("_class_name") != expected:
-            raise InputError(f"the transformer of {model} is a {config.get('_class_name')}, it must be a {expected}")
-        with torch.device("meta"):
-            network = family.transformer.from_config(config)
+        network = empty_transformer(family, folder, model)
         depth = len(family.blocks(network))
         if blocks > depth:
             raise InputError(f"{model} has {depth} blocks, {blocks} were requested")
@@ -127,5 +135,5 @@ def load_backbone(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{model} is not a complete {family.name} pipeline folder: {reason}") from None
-    chosen = chosen_guidance(family, config, guidance, model)
+    chosen = chosen_guidance(family, network.config, guidance, model)
     return BackboneHead(family, network.to(device).eval().requires_grad_(False), guidance=chosen)

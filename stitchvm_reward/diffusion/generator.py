@@ -66,14 +66,24 @@ class Generator:
         self.sigmas = cache(self._sigmas)
 
     @classmethod
-    def load(cls, model: ModelRecipe, device: torch.device, vae_dtype: torch.dtype = torch.float32) -> "Generator":
-        """Load from a folder or a hub id. Raises InputError where it does not fit."""
+    def load(
+        cls,
+        model: ModelRecipe,
+        device: torch.device,
+        vae_dtype: torch.dtype = torch.float32,
+        transformer: Any = None,
+    ) -> "Generator":
+        """Load from a folder or a hub id. Raises InputError where it does not fit.
+
+        `transformer` is the folder's transformer where it has been loaded already, such as in shards.
+        """
         family = family_of(model.path)
         folder = locate(model.path, ("transformer/*", "vae/*", "scheduler/*"))
         try:
-            transformer = family.transformer.from_pretrained(
-                folder, subfolder="transformer", dtype=model.torch_dtype, use_safetensors=True
-            )
+            if transformer is None:
+                transformer = family.transformer.from_pretrained(
+                    folder, subfolder="transformer", dtype=model.torch_dtype, use_safetensors=True
+                ).to(device)
             scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler").config
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -82,7 +92,7 @@ class Generator:
         vae = load_vae(model.path, device, vae_dtype)
         return cls(
             family,
-            transformer.to(device),
+            transformer,
             vae,
             scheduler=scheduler,
             resolution=model.resolution,

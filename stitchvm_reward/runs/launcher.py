@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import psutil
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from stitchvm_reward.errors import InputError
@@ -23,8 +23,6 @@ def make_accelerator(timeout: float = 1800) -> Accelerator:
     accelerate sees another number of processes than the launcher started: the processes would silently train separate
     policies.
     """
-    # Buffers never change, so there is no need to broadcast them at every forward pass.
-    options = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + 60))
     cpu = not torch.cuda.is_available()
     sharded = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
@@ -35,7 +33,7 @@ def make_accelerator(timeout: float = 1800) -> Accelerator:
         )
     if sharded and cpu:
         _deepspeed_on_cpu(group)
-    accelerator = Accelerator(cpu=cpu and not sharded, mixed_precision="no", kwargs_handlers=[options, group])
+    accelerator = Accelerator(cpu=cpu and not sharded, mixed_precision="no", kwargs_handlers=[group])
     if sharded:
         # Otherwise transformers would shard every model that it loads, including rewards and text encoders.
         unset_hf_deepspeed_config()

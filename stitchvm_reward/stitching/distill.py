@@ -1,6 +1,5 @@
 """Stage 2: finetune the stitching layer and the reward's last blocks on unlabelled images (section 4.1, D.1)."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.rewards.aesthetic import AestheticHead
 from stitchvm_reward.runs import checkpoint, randomness
 from stitchvm_reward.runs.geometry import share
+from stitchvm_reward.runs.gradients import FlatGradients
 from stitchvm_reward.runs.rank_sync import RankSync, Stopped
 from stitchvm_reward.runs.tracking import Tracker
 from stitchvm_reward.stitching.config import StitchRecipe
@@ -80,12 +80,16 @@ class Distiller:
             {"params": list(network.stitch.parameters()), "lr": tune.learning_rate * tune.layer_factor},
             {"params": list(network.tail.parameters()), "lr": tune.learning_rate},
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=tune.weight_decay, fused=True)
-        self.network, self.optimizer = accelerator.prepare(network, optimizer)
+        self.network, self.parameters = network, list(network.parameters())
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=tune.weight_decay, fused=True)
+        self.gradients = FlatGradients(self.parameters)
+        if accelerator.num_processes > 1:
+            for tensor in network.state_dict().values():  # each process has solved for the layer's start itself
+                torch.distributed.broadcast(tensor, 0)
         name = "constant_with_warmup" if tune.schedule == "constant" else "cosine"
         self.scheduler = get_scheduler(
             name,
-            self.optimizer.optimizer,
+            self.optimizer,
             num_warmup_steps=tune.warmup,
             num_training_steps=self.steps_per_epoch * tune.epochs,
         )
@@ -143,17 +147,13 @@ class Distiller:
         tune, accelerator = self.recipe.finetune, self.accelerator
         micros = [indices[n : n + tune.micro_batch] for n in range(0, len(indices), tune.micro_batch)]
         local = share(len(micros), accelerator.process_index, accelerator.num_processes)
-        rounds = -(-len(micros) // accelerator.num_processes)
         total = torch.zeros(1, device=accelerator.device)
-        for turn in range(rounds):
-            real = local.start + turn < local.stop
-            micro = micros[local.start + turn] if real else micros[0][:1]
-            sync = turn == rounds - 1
-            with contextlib.nullcontext() if sync else accelerator.no_sync(self.network):
-                loss = self._loss(micro).sum() * float(real)
-                accelerator.backward(loss * accelerator.num_processes / len(indices))
+        for index in local:
+            loss = self._loss(micros[index]).sum()
+            (loss / len(indices)).backward()
             total += loss.detach()
-        norm = accelerator.clip_grad_norm_(self.network.parameters(), tune.max_gradient_norm)
+        self.gradients.reduce()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, tune.max_gradient_norm)
         if not torch.isfinite(norm):
             raise SharedError(
                 f"the gradient is not finite at step {self.step + 1}: the step was not applied; "
@@ -161,7 +161,7 @@ class Distiller:
             )
         self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.gradients.clear()
         self.step += 1
         return float(accelerator.reduce(total, "sum")) / len(indices)
 
@@ -197,7 +197,7 @@ class Distiller:
         from scipy.stats import spearmanr
 
         metrics: dict[str, float] = {}
-        network = self.accelerator.unwrap_model(self.network).eval()
+        network = self.network.eval()
         size, device = self.recipe.finetune.micro_batch, self.accelerator.device
         for sigma in self.recipe.evaluation.sigmas:
             cosines, scores, target_scores = [], [], []
@@ -223,10 +223,10 @@ class Distiller:
         """Write a checkpoint of the network, the optimizer and the counters."""
         with self.ranks.together(), self.ranks.timings.phase("save"):
             if self.main:
-                network = self.accelerator.unwrap_model(self.network)
+                network = self.network
                 tensors = {
                     "network": dict(network.state_dict()),
-                    "optimizer": checkpoint.optimizer_tensors(self.optimizer.optimizer),
+                    "optimizer": checkpoint.optimizer_tensors(self.optimizer),
                 }
                 state = {
                     "epoch": self.epoch,
@@ -239,8 +239,8 @@ class Distiller:
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint folder."""
         tensors, state = checkpoint.load(path)
-        self.accelerator.unwrap_model(self.network).load_state_dict(tensors["network"])
-        checkpoint.load_optimizer(self.optimizer.optimizer, tensors["optimizer"])
+        self.network.load_state_dict(tensors["network"])
+        checkpoint.load_optimizer(self.optimizer, tensors["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

@@ -1,11 +1,13 @@
 """A run on three or four processes that was stopped continues bit for bit on as many, and closely on another number."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.distributed.launching import BACKENDS, EVEN, furthest, make_runs, samples, weights
+from tests.distributed.launching import BACKENDS, EVEN, WORKER, furthest, make_runs, samples, start, weights
 from tests.tiny import STOPPED
 
 pytestmark = pytest.mark.slow
@@ -61,3 +63,26 @@ def test_a_run_goes_from_four_processes_to_three_and_back(runs):
     for epoch in (2, LAST):
         assert furthest(weights(through, epoch), weights(straight, epoch)) <= CLOSE
     assert furthest(weights(straight, LAST), weights(straight, 2)) > 10 * CLOSE
+
+
+def test_a_value_model_is_finished_bit_for_bit_by_three_processes(small_stitch, tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    settings = [*small_stitch, "backbone.block=2", "reward.block=1", f"data.cache={tmp_path}/cache"]
+
+    def build(out: Path) -> None:
+        run = {"recipe": "recipes/stitch/shapes_aesthetic.yaml", "overrides": [*settings, f"out={out}"]}
+        (tmp_path / "plan.json").write_text(json.dumps([run]))
+        done = start("ddp", 3, WORKER, tmp_path / "plan.json", timeout=600)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    build(straight)
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "epoch-000002")
+    shutil.rmtree(resumed / "value_model")
+    build(resumed)
+    first, last, again = (
+        load_file(folder / "checkpoints" / f"epoch-{epoch:06d}" / "network.safetensors")
+        for folder, epoch in ((straight, 1), (straight, 2), (resumed, 2))
+    )
+    assert furthest(last, again) == 0
+    assert furthest(last, first) > 10 * CLOSE

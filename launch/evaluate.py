@@ -94,8 +94,10 @@ def run_images(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     from nft.evaluation.measure import CONFIDENCE, evaluate_images, table
     from stitchvm_reward.measure import machine
+    from stitchvm_reward.runs.numerics import set_numerics
 
     hide_loading_bars()
+    set_numerics(bool(recipe.model.deterministic), recipe.model.tf32)
     device = available_device()
     rows = evaluate_images(recipe, arguments.lora, arguments.count, arguments.seed, device)
     print(table(rows))

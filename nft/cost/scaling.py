@@ -100,9 +100,11 @@ def work(plan: Path) -> None:
     from nft.config import load_recipe
     from stitchvm_reward.measure import machine
     from stitchvm_reward.runs.launcher import make_accelerator, shutdown
+    from stitchvm_reward.runs.numerics import set_numerics
 
     settings = json.loads(plan.read_text())
     recipe = load_recipe(settings["recipe"], settings["overrides"])
+    set_numerics(bool(recipe.model.deterministic), recipe.model.tf32)
     accelerator = make_accelerator(recipe.timeout)
     result = measure_here(recipe, accelerator, settings["epochs"]) | {"machine": machine(accelerator.device)}
     write_json(plan.parent / f"rank-{accelerator.process_index}.json", result)

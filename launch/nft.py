@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
-        from nft.cost.plan import print_plan
+        from nft.cost.micro_batch import print_plan
 
         print_plan(recipe, arguments.processes or 1)
         return 0

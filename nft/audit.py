@@ -17,6 +17,7 @@ from stitchvm_reward.rewards import check_finite
 from stitchvm_reward.runs import randomness
 from stitchvm_reward.runs.rank_sync import RankSync
 from stitchvm_reward.runs.recipe import at_least, one_of, positive, require
+from stitchvm_reward.transfer import to_device
 
 KEPT = 3  # audits that are judged together: a single one has too few samples
 
@@ -186,5 +187,6 @@ class Auditor:
             )
         texts = [self.prompts[rollout.prompts[place]] for place in rows]
         rewards = self.scorer.score(self.generator.decode(latents), texts)["total"]
-        for part, scores in zip(parts, (rollout.rewards["total"][rows], rewards)):
+        values = rollout.rewards["total"][to_device(torch.tensor(rows), latents.device)]
+        for part, scores in zip(parts, (values, rewards)):
             part.append(([rollout.samples[place] for place in rows], scores))

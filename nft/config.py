@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -9,7 +10,7 @@ from nft.audit import AuditRecipe
 from nft.objectives import AllSettings, check_objective
 from nft.optimization import OptimizationSettings
 from nft.policy import LoraRecipe
-from nft.rollout import RolloutRecipe
+from nft.rollout import RolloutRecipe, require_size
 from stitchvm_reward.diffusion.recipe import ModelRecipe
 from stitchvm_reward.rewards.recipe import RewardRecipe
 from stitchvm_reward.runs.recipe import CheckpointRecipe, at_least, one_of, read_recipe, require
@@ -58,6 +59,8 @@ class PromptsRecipe:
 class TrainRecipe(OptimizationSettings, AllSettings):
     def __post_init__(self):
         self.check_optimization()
+        if self.micro_batch is not None:
+            require_size("train.micro_batch", self.micro_batch)
         self.check()
 
 
@@ -69,6 +72,8 @@ class EvaluationRecipe:
     """Held-out prompts, one image each, always from the same noise."""
     steps: int = 40
     """Euler steps."""
+    micro_batch: Any = None
+    """Images that a device samples at once, or auto, as rollout.micro_batch, which is the default."""
     grid: int = 16
     """Images in the before/after grid."""
     metrics: list[str] = field(default_factory=list)
@@ -78,6 +83,8 @@ class EvaluationRecipe:
         at_least("evaluation.every", self.every, 0)
         at_least("evaluation.samples", self.samples, 2)
         at_least("evaluation.steps", self.steps, 1)
+        if self.micro_batch is not None:
+            require_size("evaluation.micro_batch", self.micro_batch)
         require(1 <= self.grid <= self.samples, "evaluation.grid must be from 1 to evaluation.samples", self.grid)
         for name in self.metrics:
             require(":" in name, "evaluation.metrics must be written package.module:function", name)
@@ -133,10 +140,10 @@ class Recipe:
             self.audit.every,
         )
         check_objective(self.train, self.rollout)
-        batches = -(-self.rollout.groups * self.rollout.group_size // self.rollout.micro_batch)
+        samples = self.rollout.groups * self.rollout.group_size
         require(
-            self.train.updates_per_epoch <= batches,
-            f"train.updates_per_epoch must be at most the epoch's micro batches ({batches})",
+            self.train.updates_per_epoch <= samples,
+            f"train.updates_per_epoch must be at most the epoch's samples ({samples})",
             self.train.updates_per_epoch,
         )
 

@@ -33,7 +33,7 @@ class Losses(Protocol):
 
     def losses(self, rollout: Rollout, epoch: int) -> list[Callable[[], tuple[Tensor, Tensor]]]: ...
 
-    def progress(self, rollouts: list[Rollout]) -> dict[str, str]: ...
+    def progress(self, rollout: Rollout) -> dict[str, str]: ...
 
     def problem(self) -> str | None: ...
 
@@ -74,7 +74,7 @@ class Learner:
 
     def update(self, rollouts: list[Rollout], epoch: int, objective: Losses) -> dict[str, float]:
         """Take an epoch's optimizer steps and return the means of the loss terms and of the gradient norm."""
-        by_batch = {rollout.samples[0] // self.geometry.micro_batch: rollout for rollout in rollouts}
+        ordered = sorted(rollouts, key=lambda rollout: rollout.samples[0])
         sums = torch.zeros(len(objective.terms) + 1, device=self.ranks.accelerator.device)
         updates = range(self.geometry.updates)
         rounds = sum(self.geometry.rounds(update) for update in updates)
@@ -82,7 +82,7 @@ class Learner:
         bar = tqdm(desc=f"epoch {epoch + 1} train", total=rounds, leave=False, disable=not main, dynamic_ncols=True)
         with self.ranks.timings.phase("train"), bar:
             for update in updates:
-                batches = [by_batch[batch] for batch in self.geometry.trained_in(update, by_batch)]
+                batches = [rollout for rollout in ordered if rollout.samples[0] in self.geometry.share(update)]
                 sums += self._optimizer_step(batches, epoch, update, objective, bar)
         *terms, norm = (sums / self.geometry.updates).tolist()
         return {
@@ -97,17 +97,19 @@ class Learner:
         Returns the means of the loss terms and the gradient norm.
         """
         rounds, accelerator = self.geometry.rounds(update), self.ranks.accelerator
-        count = self.geometry.samples_in(update) * objective.losses_per_sample
+        count = len(self.geometry.share(update)) * objective.losses_per_sample
         sums = torch.zeros(len(objective.terms) + 1, device=accelerator.device)
         with self.backend.accumulating():
             for index in range(rounds):
-                losses = objective.losses(batches[index] if index < len(batches) else self.stand_in, epoch)
+                rollout = batches[index] if index < len(batches) else self.stand_in
+                losses = objective.losses(rollout, epoch)
                 for compute in losses:
                     loss, parts = compute()
                     self.backend.backward(loss / count)
                     sums[:-1] += parts
                 bar.update()
-                bar.set_postfix(objective.progress(batches[: index + 1]), refresh=False)
+                if not bar.disable:
+                    bar.set_postfix(objective.progress(rollout), refresh=False)
         problem = objective.problem()
         norm = None
         if problem is None:

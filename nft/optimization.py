@@ -1,6 +1,7 @@
 """The optimizer of the adapters, and what a recipe says about optimization."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,8 @@ from stitchvm_reward.runs.recipe import at_least, one_of, positive, require
 class OptimizationSettings:
     updates_per_epoch: int = 1
     """Optimizer steps per epoch; each uses an equal share of the epoch's samples."""
+    micro_batch: Any = None
+    """Samples that a device trains on at once, or auto, as rollout.micro_batch, which is the default."""
     learning_rate: float = 3.0e-4
     """Peak rate of AdamW."""
     warmup: int = 0

@@ -1,6 +1,7 @@
 """Rollouts: images (or stopped latents) sampled by the old policy, in micro batches."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,15 @@ from stitchvm_reward.diffusion.solvers import SOLVERS, solve_each
 from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.runs import randomness
 from stitchvm_reward.runs.recipe import at_least, one_of, require
+from stitchvm_reward.transfer import to_device
+
+AUTO = "auto"
+
+
+def require_size(name: str, size: Any) -> None:
+    """Raise InputError unless a micro batch is a number of samples or auto."""
+    whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+    require(whole or size == AUTO, f"{name} must be a whole number from 1, or {AUTO}", size)
 
 
 @dataclass
@@ -20,8 +30,9 @@ class RolloutRecipe:
     """Prompts per epoch."""
     group_size: int = 24
     """Images per prompt."""
-    micro_batch: int = 8
-    """Samples that a device works on at once, in rollout and in training."""
+    micro_batch: Any = 8
+    """Samples that a device rolls out and scores at once, or auto: the largest power of two that the plan says fits.
+    Micro batches change speed and memory; of the results only the rounding."""
     steps: int = 10
     """Solver steps of a full rollout."""
     solver: str = "euler"
@@ -33,7 +44,7 @@ class RolloutRecipe:
     def __post_init__(self):
         at_least("rollout.groups", self.groups, 1)
         at_least("rollout.group_size", self.group_size, 1)
-        at_least("rollout.micro_batch", self.micro_batch, 1)
+        require_size("rollout.micro_batch", self.micro_batch)
         at_least("rollout.steps", self.steps, 2)
         one_of("rollout.solver", self.solver, SOLVERS)
         if self.stop_window:
@@ -50,17 +61,19 @@ class Rollout:
     """One micro batch of solver runs.
 
     `samples` are global indices and `prompts` prompt indices. `anchor` holds the float32 latents (batch, c, h, w) at
-    level `tau` (batch,). `table` holds what the network reads of each of the epoch's prompts, once, and `rows` (batch,)
-    is this batch's places in it. `weight` is 0 for a stand-in that only keeps processes in step. Rewards by name and
-    the optimality r (batch,) are missing until they are known.
+    level `tau` (batch,), and `taus` the same levels as numbers, which planning reads without asking the device.
+    `table` holds what the network reads of each of the epoch's prompts, once, and `rows` (batch,) is this batch's
+    places in it; without `rows` the table is this batch's own. `weight` is 0 for a stand-in that only keeps processes
+    in step. Rewards by name and the optimality r (batch,) are missing until they are known.
     """
 
     samples: list[int]
     prompts: list[int]
     table: Conditions
-    rows: Tensor
+    rows: Tensor | None
     anchor: Tensor
     tau: Tensor
+    taus: list[float]
     weight: float = 1.0
     rewards: dict[str, Tensor] = field(default_factory=dict)
     optimality: Tensor | None = None
@@ -68,7 +81,31 @@ class Rollout:
     @property
     def conditions(self) -> Conditions:
         """What the network reads for each sample."""
-        return self.table.select(self.rows)
+        return self.table if self.rows is None else self.table.select(self.rows)
+
+    def gathered(self) -> "Rollout":
+        """Return the rollout with a table of its own, which is not gathered again at every access."""
+        return replace(self, table=self.conditions, rows=None)
+
+
+def recut(rollouts: list[Rollout], batches: list[list[int]]) -> list[Rollout]:
+    """Return rollouts of one epoch cut into other micro batches of the same samples, in the same order."""
+    if [rollout.samples for rollout in rollouts] == batches:
+        return rollouts
+    samples = [n for rollout in rollouts for n in rollout.samples]
+    prompts, taus = ([value for r in rollouts for value in getattr(r, name)] for name in ("prompts", "taus"))
+    rows, anchor, tau = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("rows", "anchor", "tau"))
+    rewards = {name: torch.cat([r.rewards[name] for r in rollouts]) for name in rollouts[0].rewards}
+    found = []
+    for batch in batches:
+        part = slice(samples.index(batch[0]), samples.index(batch[-1]) + 1)
+        scores = {name: values[part] for name, values in rewards.items()}
+        found.append(
+            Rollout(
+                batch, prompts[part], rollouts[0].table, rows[part], anchor[part], tau[part], taus[part], rewards=scores
+            )
+        )
+    return found
 
 
 def stand_in(table: Conditions, latent_shape: tuple[int, ...]) -> Rollout:
@@ -76,7 +113,7 @@ def stand_in(table: Conditions, latent_shape: tuple[int, ...]) -> Rollout:
     device = table.device
     zero = torch.zeros(1, device=device)
     row, anchor = torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, *latent_shape, device=device)
-    return Rollout([0], [0], table, row, anchor, zero, optimality=zero, weight=0.0)
+    return Rollout([0], [0], table, row, anchor, zero, [0.0], optimality=zero, weight=0.0)
 
 
 def stop_step(seed: int, epoch: int, group: int, window: list[int]) -> int:
@@ -113,15 +150,37 @@ def sample(
     """
     remaining = conditions
 
-    def velocity(latents: Tensor, sigma: float, rows: list[int]) -> Tensor:
+    def velocity(latents: Tensor, sigma: float, rows: Tensor) -> Tensor:
         nonlocal remaining
         if len(rows) < len(remaining):  # some samples have arrived
-            remaining = conditions.select(torch.tensor(rows, device=latents.device))
+            remaining = conditions.select(rows)
         level = torch.full((len(latents),), sigma, device=latents.device)
         return generator.velocity(latents, level, remaining, network)
 
     stops = stops or [len(sigmas) - 1] * len(latents)
-    return solve_each(velocity, latents.to(generator.device), sigmas, solver, stops)
+    return solve_each(velocity, to_device(latents, generator.device), sigmas, solver, stops)
+
+
+def plan_rollout(
+    generator: Generator,
+    samples: list[int],
+    prompts: list[int],
+    *,
+    table: Conditions,
+    rows: list[int],
+    seed: int,
+    epoch: int,
+) -> Rollout:
+    """Return a micro batch that has not been sampled yet: its latents are each sample's noise, at level 1.
+
+    The noise is drawn on the CPU and its copy to the device only enqueued, so a micro batch can be planned while the
+    device works on the one before.
+    """
+    noise = randomness.noise(generator.latent_shape, seed, randomness.ROLLOUT, epoch, samples)
+    anchor = to_device(noise, generator.device)
+    tau = torch.ones(len(samples), device=generator.device)
+    places = to_device(torch.tensor(rows), generator.device)
+    return Rollout(samples, prompts, table, places, anchor, tau, [1.0] * len(samples))
 
 
 def roll_out(
@@ -130,34 +189,28 @@ def roll_out(
     planned: Rollout,
     sigmas: list[float],
     *,
-    seed: int,
-    epoch: int,
     solver: str,
     stops: list[int],
 ) -> Rollout:
-    """Return a planned micro batch with its latents: each sample from the noise at its own address down to its stop."""
-    noise = randomness.noise(generator.latent_shape, seed, randomness.ROLLOUT, epoch, planned.samples)
-    latents = sample(generator, network, planned.conditions, noise, sigmas, solver=solver, stops=stops)
-    tau = torch.tensor([sigmas[stop] for stop in stops], device=latents.device)
-    return replace(planned, anchor=latents, tau=tau)
-
-
-def plan_rollout(samples: list[int], prompts: list[int], table: Conditions, rows: Tensor) -> Rollout:
-    """Return a micro batch that has not been sampled yet."""
-    empty = torch.zeros(0, device=rows.device)
-    return Rollout(samples, prompts, table, rows, empty, empty)
+    """Return a planned micro batch with its latents: each sample from its noise down to its stop."""
+    levels = torch.tensor([sigmas[stop] for stop in stops])
+    tau = to_device(levels, generator.device)
+    latents = sample(generator, network, planned.conditions, planned.anchor, sigmas, solver=solver, stops=stops)
+    return replace(planned, anchor=latents, tau=tau, taus=levels.tolist())
 
 
 def continue_rollout(
     generator: Generator, network: nn.Module, rollout: Rollout, rows: list[int], *, sigmas: list[float], solver: str
 ) -> Tensor:
     """Take some stopped samples of a rollout the rest of the way: clean latents (len(rows), c, h, w)."""
-    starts = [int((torch.tensor(sigmas) - float(rollout.tau[row])).abs().argmin()) for row in rows]
-    latents = rollout.anchor[rows].clone()
+    starts = [int((torch.tensor(sigmas) - rollout.taus[row]).abs().argmin()) for row in rows]
+    chosen = to_device(torch.tensor(rows), generator.device)
+    latents, conditions = rollout.anchor[chosen], rollout.conditions.select(chosen)
     for start in sorted(set(starts)):
-        places = [place for place, other in enumerate(starts) if other == start]
-        conditions = rollout.table.select(rollout.rows[[rows[place] for place in places]])
-        latents[places] = sample(generator, network, conditions, latents[places], sigmas[start:], solver=solver)
+        members = [place for place, other in enumerate(starts) if other == start]
+        places = to_device(torch.tensor(members), generator.device)
+        part = latents[places]
+        latents[places] = sample(generator, network, conditions.select(places), part, sigmas[start:], solver=solver)
     return latents
 
 

@@ -11,9 +11,9 @@ from stitchvm_reward.runs.rank_sync import RankSync
 
 
 def gather_rewards(ranks: RankSync, rollouts: list[Rollout], names: list[str], samples: int) -> dict[str, Tensor]:
-    """Return each reward of all processes' rollouts and `total`, (samples,) float32; 0 for a missing sample."""
+    """Return each reward of all processes' rollouts and `total`, (samples,) float32 on the CPU; 0 for a missing one."""
     return {
-        name: ranks.gather([(r.samples, r.rewards[name]) for r in rollouts], samples).float()
+        name: ranks.gather([(r.samples, r.rewards[name]) for r in rollouts], samples).float().cpu()
         for name in [*names, "total"]
     }
 

@@ -10,9 +10,9 @@ from nft.audit import Audit, Auditor
 from nft.backend import zero_stage
 from nft.collector import Collector
 from nft.config import Recipe
-from nft.cost.plan import announce
+from nft.cost.micro_batch import fit_devices
+from nft.cost.plan import announce, recipe_geometry
 from nft.export.lora import lora_header, save_lora
-from nft.geometry import geometry_of
 from nft.held_out import HeldOut
 from nft.learner import Learner, Tensors, on_cpu
 from nft.models import load_generator, make_policy
@@ -36,7 +36,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, ranks: RankSync | None = None):
         self.recipe, self.ranks = recipe, ranks or RankSync(accelerator)
         self.main, self.timings = accelerator.is_main_process, self.ranks.timings
-        rollout, train, seed = recipe.rollout, recipe.train, recipe.seed
+        fitted = fit_devices(recipe, self.ranks)
+        rollout, train, seed = fitted.rollout, fitted.train, recipe.seed
         prompts, held_out = check_prompts(recipe)
         scorer = Scorer(recipe.rewards, recipe.evaluation.metrics, accelerator.device)
         self.cache = encode_prompts(recipe, [*prompts, *held_out], self.ranks)
@@ -50,7 +51,7 @@ class Trainer:
             policy,
             generator=generator,
             ranks=self.ranks,
-            geometry=geometry_of(rollout, train.updates_per_epoch, accelerator.num_processes),
+            geometry=recipe_geometry(fitted, accelerator.num_processes),
             stand_in=stand_in(self.cache.conditions(prompts[:1]), generator.latent_shape),
         )
         score = RolloutScorer(scorer, generator, policy, prompts, self.timings, stopped=bool(rollout.stop_window))
@@ -60,11 +61,11 @@ class Trainer:
         self.collector = Collector(rollout, prompts=prompts, cache=self.cache, objective=self.objective, **shared)
         self.audit = Audit(recipe.audit)
         self.auditor = Auditor(self.audit, scorer=scorer, prompts=prompts, rollout=rollout, **shared)
-        evaluation, size = recipe.evaluation, rollout.micro_batch
+        evaluation, size = recipe.evaluation, fitted.evaluation.micro_batch
         self.held_out = HeldOut(
             held_out, cache=self.cache, scorer=scorer, evaluation=evaluation, micro_batch=size, **shared
         )
-        self.cost = announce(recipe, accelerator.num_processes, tqdm.write) if self.main else {}
+        self.cost = announce(fitted, accelerator.num_processes, tqdm.write) if self.main else {}
         self._start()
 
     def _start(self) -> None:

@@ -87,14 +87,15 @@ class Bench:
             zeros = self.generator.family.stand_in(architecture, 1, self.recipe.model.text_length)
         table = Conditions({name: torch.randn_like(tensor) for name, tensor in zeros.tensors.items()})
         window, sigmas = self.recipe.rollout.stop_window, self.generator.sigmas(self.recipe.rollout.steps)
-        tau = torch.full((batch,), sigmas[sum(window) // 2] if window else 0.0, device=self.device)
+        level = sigmas[sum(window) // 2] if window else 0.0
         return Rollout(
             list(range(batch)),
             [0] * batch,
             table.to(self.device, self.generator.dtype),
             torch.zeros(batch, dtype=torch.long, device=self.device),
             torch.randn(batch, *self.generator.latent_shape, device=self.device),
-            tau,
+            torch.full((batch,), level, device=self.device),
+            [level] * batch,
             optimality=torch.rand(batch, device=self.device),
         )
 

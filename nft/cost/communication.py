@@ -7,6 +7,7 @@ what two processes really exchange.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from statistics import mean
 from typing import Any
 
@@ -60,7 +61,7 @@ def bytes_per_epoch(recipe: Recipe, adapter_parameters: int, processes: int) -> 
         # Each reward and their sum; per sample, its prompt and the level at which its rollout stopped.
         Message("rewards", len(recipe.rewards) + 1, scores),
         Message("groups and tau", objective.gathered, scores),
-        Message("meetings of the rollout", 1 + most(geometry), MEETING),
+        Message("meetings of the rollout", 1 + max(geometry.rollout_rounds()), MEETING),
         Message("meetings of the training", rounds + objective.syncs_per_update * updates, MEETING),
         Message("audit: values and rewards", 2 * audits, scores),
         Message("audit: meeting", audits, MEETING),
@@ -73,18 +74,14 @@ def bytes_per_evaluation(recipe: Recipe, processes: int) -> list[Message]:
     if processes == 1:
         return []
     count, side = recipe.evaluation.samples, recipe.model.resolution
-    batches = [-(-len(share(count, rank, processes)) // recipe.rollout.micro_batch) for rank in range(processes)]
+    size = recipe.evaluation.micro_batch or recipe.rollout.micro_batch
+    batches = [-(-len(share(count, rank, processes)) // size) for rank in range(processes)]
     measures = len(recipe.rewards) + 1 + len(recipe.evaluation.metrics)
     return [
         Message("evaluation: measures", measures, SCORE * count),
         Message("evaluation: picture grid", 1, recipe.evaluation.grid * 3 * side * side),
         Message("evaluation: meetings", 1 + max(batches), MEETING),
     ]
-
-
-def most(geometry: Geometry) -> int:
-    """Return the micro batches of the process that has the most."""
-    return max(map(len, geometry.deal()))
 
 
 @dataclass(frozen=True)
@@ -122,13 +119,12 @@ def grown(recipe: Recipe, processes: int, base: int) -> Recipe:
     return replace(recipe, rollout=replace(recipe.rollout, groups=-(-recipe.rollout.groups * processes // base)))
 
 
-def _rounds(costs: list[float], batches: Sequence[Sequence[int]]) -> float:
+def _rounds(costs: Sequence[Sequence[float]]) -> float:
     """Return the total cost of processes that sync after each micro batch: per round, that of the most expensive one.
 
-    `costs` are by micro batch and `batches` by process.
+    `costs` are those of the micro batches of each process, in order.
     """
-    longest = max(len(local) for local in batches)
-    return sum(max(costs[local[place]] for local in batches if place < len(local)) for place in range(longest))
+    return sum(map(max, zip_longest(*costs, fillvalue=0.0)))
 
 
 def _flops(recipe: Recipe, geometry: Geometry, cost: Costs, stops: Sequence[float]) -> tuple[float, float]:
@@ -138,18 +134,26 @@ def _flops(recipe: Recipe, geometry: Geometry, cost: Costs, stops: Sequence[floa
     """
     phases = {name: 1e12 * size / geometry.samples for name, size in work(recipe, geometry, cost).items()}
     after = phases["decode"] + phases["score"]
-    members = [geometry.members(batch) for batch in range(geometry.batches)]
     left = objective_class(recipe.train.objective).cost(recipe.train).solver_steps
-    rollout = [
-        sum((stops[n // geometry.group_size] - left) * cost.forward_flops + after for n in samples)
-        for samples in members
-    ]
-    training = [len(samples) * phases["train"] for samples in members]
-    dealt = geometry.deal([sum(stops[n // geometry.group_size] for n in samples) for samples in members])
-    waited = _rounds(rollout, dealt)
+
+    def steps(samples: list[int]) -> float:
+        return sum(stops[n // geometry.group_size] for n in samples)
+
+    def rolled_out(samples: list[int]) -> float:
+        return (steps(samples) - len(samples) * left) * cost.forward_flops + len(samples) * after
+
+    dealt = geometry.deal([steps(geometry.members(part)) for part in range(geometry.parts)])
+    waited = _rounds([[rolled_out(batch) for part in parts for batch in geometry.rollouts(part)] for parts in dealt])
     for update in range(geometry.updates):
-        waited += _rounds(training, [geometry.trained_in(update, local) for local in dealt])
-    return (sum(rollout) + sum(training)) / geometry.processes, waited
+        trained = [geometry.trained_in(update, parts) for parts in dealt]
+        waited += _rounds(
+            [
+                [len(batch) * phases["train"] for part in parts for batch in geometry.trainings(part)]
+                for parts in trained
+            ]
+        )
+    everything = rolled_out(list(range(geometry.samples))) + geometry.samples * phases["train"]
+    return everything / geometry.processes, waited
 
 
 def estimate(recipe: Recipe, cost: Costs, processes: int, cluster: Cluster) -> dict[str, Any]:
@@ -180,8 +184,8 @@ def estimate(recipe: Recipe, cost: Costs, processes: int, cluster: Cluster) -> d
     return {
         "processes": processes,
         "samples": geometry.samples,
-        "micro_batches": geometry.batches,
-        "most_micro_batches": most(geometry),
+        "micro_batches": sum(geometry.rollout_rounds()),
+        "most_micro_batches": max(geometry.rollout_rounds()),
         "seconds_even": even,
         "seconds_undivided": undivided,
         "seconds_stops": at_stops,

@@ -17,8 +17,8 @@ GIB = 2**30
 
 
 def recipe_geometry(recipe: Recipe, processes: int) -> Geometry:
-    """Return the geometry of a recipe on so many processes."""
-    return geometry_of(recipe.rollout, recipe.train.updates_per_epoch, processes)
+    """Return the geometry of a recipe on so many processes. Its micro batches must be numbers."""
+    return geometry_of(recipe.rollout, recipe.train.updates_per_epoch, processes, recipe.train.micro_batch)
 
 
 def memory(recipe: Recipe, cost: Costs) -> dict[str, float]:
@@ -46,7 +46,7 @@ def memory(recipe: Recipe, cost: Costs) -> dict[str, float]:
         "rollout": kept + batch * block,
         # The decoder's widest layers hold 128 channels at full resolution, about four of them at once.
         "decode": kept + decoded * 128 * 4,
-        "train": kept + batch * saved,
+        "train": kept + (recipe.train.micro_batch or batch) * saved,
     }
     return {phase: size / GIB for phase, size in phases.items()}
 
@@ -57,7 +57,7 @@ def too_large(expected: dict[str, float], available: float) -> str | None:
     if expected[phase] <= available:
         return None
     return (
-        f"{phase} needs about {expected[phase]:.1f} GiB, this device has {available:.1f}: lower rollout.micro_batch, "
+        f"{phase} needs about {expected[phase]:.1f} GiB, this device has {available:.1f}: lower its micro_batch, "
         "or set train.gradient_checkpointing, model.vae_slicing, train.optimizer=adamw_8bit"
     )
 
@@ -122,17 +122,20 @@ def _guidance_text(recipe: Recipe) -> str:
 def work_lines(recipe: Recipe, processes: int) -> list[str]:
     """Return what a run will do, from its recipe alone."""
     rollout, train, geometry = recipe.rollout, recipe.train, recipe_geometry(recipe, processes)
-    shares = [len(batches) for batches in geometry.deal()]
+    shares = geometry.rollout_rounds()
+    evaluated = recipe.evaluation.micro_batch or rollout.micro_batch
     shares_text = f"{min(shares)}" if min(shares) == max(shares) else f"{min(shares)} to {max(shares)}"
     rounds = sum(geometry.rounds(update) for update in range(train.updates_per_epoch))
     training, passes = objective_class(train.objective).describe(train, rollout, rounds)
     return [
         f"rewards      {', '.join(f'{r.weight:g} x {r.name}' for r in recipe.rewards)}",
         f"epoch        {rollout.groups} groups x {rollout.group_size} = {geometry.samples} samples, "
-        f"in {geometry.batches} micro batches of {rollout.micro_batch}",
+        f"in {sum(shares)} micro batches of {rollout.micro_batch}",
         f"processes    {processes}, with {shares_text} micro batches each",
         f"rollout      {rollout.steps} {rollout.solver} steps with {_guidance_text(recipe)}"
         + (f", stopped after {rollout.stop_window[0]} to {rollout.stop_window[1]}" if rollout.stop_window else ""),
+        f"micro batch  {rollout.micro_batch} in rollouts, {geometry.train_micro_batch} in training, {evaluated} in "
+        "evaluation",
         f"training     {training}",
         f"updates      {train.updates_per_epoch} per epoch, {passes} per process, gradients reduced "
         f"{train.updates_per_epoch} times",
@@ -158,8 +161,3 @@ def cost_lines(recipe: Recipe, processes: int) -> list[str]:
         + (f"not counted: {', '.join(cost.score_unknown)}; " if cost.score_unknown else "")
         + f"{sum(phases.values()) / processes:,.3g} per process",
     ]
-
-
-def print_plan(recipe: Recipe, processes: int) -> None:
-    """Print the whole plan of a recipe on so many processes."""
-    print("\n".join([*work_lines(recipe, processes), *cost_lines(recipe, processes)]))

@@ -219,8 +219,10 @@ def estimated(recipe: "Recipe") -> tuple[dict[str, Any], list[str]]:
         grown,
         message_lines,
     )
+    from nft.cost.micro_batch import device_memory, fit
     from nft.cost.shapes import costs
 
+    recipe = fit(recipe, GPUS[0], device_memory())
     cost, cluster, base = costs(recipe), Cluster(), GPUS[0]
     messages = bytes_per_epoch(recipe, cost.adapter_parameters, base)
     evaluation = bytes_per_evaluation(recipe, base)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nft.config import Recipe
+from nft.cost.micro_batch import device_memory, fit
 from nft.export.lora import attach_lora, lora_layers
 from nft.models import load_generator
 from nft.preflight import check_inputs
@@ -87,7 +88,7 @@ def evaluate_images(
         attach_lora(network, lora)
     sigmas = generator.sigmas(recipe.evaluation.steps)
     parts_of: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
-    size = recipe.rollout.micro_batch
+    size = fit(recipe, 1, device_memory()).evaluation.micro_batch
     for start in tqdm(range(0, len(prompts), size), desc="sample and score", leave=False, dynamic_ncols=True):
         indices = list(range(start, min(start + size, len(prompts))))
         texts = [prompts[index] for index in indices]

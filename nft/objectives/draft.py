@@ -24,6 +24,7 @@ from nft.rollout import Rollout, RolloutRecipe, last_steps, rollout_stops
 from nft.statistics import gather_rewards, nonfinite_reward, report_rewards
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.recipe import at_least, require
+from stitchvm_reward.transfer import RunningMean, to_device
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Draft(Objective):
         # Rollouts of the epoch as their last steps leave them, by their first sample.
         self.finished: dict[int, Rollout] = {}
         self.step_rollouts: list[Rollout] = []
+        self.reward = RunningMean()
 
     @staticmethod
     def check(train: Any, rollout: RolloutRecipe) -> None:
@@ -94,7 +96,7 @@ class Draft(Objective):
         )
 
     def learn(self, rollouts: list[Rollout], epoch: int) -> Learned:
-        self.finished = {}
+        self.finished, self.reward = {}, RunningMean()
         metrics = self.learner.update(rollouts, epoch, self)
         finished = [self.finished[rollout.samples[0]] for rollout in rollouts]
         samples = self.learner.geometry.samples
@@ -125,7 +127,8 @@ class Draft(Objective):
         device, conditions, learner = rollout.anchor.device, rollout.conditions, self.learner
         stops = torch.tensor(rollout_stops(self.parts.rollout, self.parts.seed, epoch, rollout.samples))
         sigmas = torch.tensor(self.sigmas, dtype=torch.float64)
-        down = torch.stack([sigmas[stops - left] for left in range(self.remaining_steps, -1, -1)]).to(device)
+        levels = torch.stack([sigmas[stops - left] for left in range(self.remaining_steps, -1, -1)])
+        down = to_device(levels, device)
         # ZeRO-3 may not run a whole pass again in a backward pass: there the blocks' own checkpoints must do.
         checkpointed = self.train.gradient_checkpointing and learner.backend.stage < 3
         end, states, velocities = last_steps(
@@ -135,12 +138,10 @@ class Draft(Objective):
         if self.train.beta_kl > 0:
             given = zip(states.detach(), down)
             references = torch.stack([learner.frozen_velocity(None, z, t, conditions) for z, t in given])
-        finished = replace(rollout, anchor=end, tau=down[-1].float())
+        finished = replace(rollout, anchor=end, tau=down[-1].float(), taus=levels[-1].float().tolist())
         rewards = self._rewards(finished)
-        # A reward that is not finite is reported by `problem`, and the step is left out; until then it must not spoil
-        # the gradients that are summed here.
-        total = rewards["total"] if rewards["total"].isfinite().all() else end.flatten(1).mean(1) * 0.0
-        policy, kl = draft_loss(total, velocities, references)
+        # A reward that is not finite spoils the gradients, which `problem` then discards with the whole step.
+        policy, kl = draft_loss(rewards["total"], velocities, references)
         detached = {name: scores.detach() for name, scores in rewards.items()}
         return replace(finished, anchor=end.detach(), rewards=detached), policy, kl
 
@@ -153,15 +154,15 @@ class Draft(Objective):
                 raise InputError(f"reward {name} has no gradient with respect to the image: use train.objective=nft")
         return rewards
 
-    def progress(self, rollouts: list[Rollout]) -> dict[str, str]:
-        finished = [self.finished[rollout.samples[0]] for rollout in rollouts]
-        if not finished:
-            return {}
-        return {"reward": f"{float(torch.cat([r.rewards['total'] for r in finished]).mean()):.3f}"}
+    def progress(self, rollout: Rollout) -> dict[str, str]:
+        if rollout.weight:
+            self.reward.add(self.finished[rollout.samples[0]].rewards["total"])
+        return self.reward.shown()
 
     def problem(self) -> str | None:
         rollouts, self.step_rollouts = self.step_rollouts, []
-        bad = any(not scores.isfinite().all() for rollout in rollouts for scores in rollout.rewards.values())
+        scores = [scores for rollout in rollouts for scores in rollout.rewards.values()]
+        bad = bool(scores) and not bool(torch.cat(scores).isfinite().all())
         if not self.ranks.sync(count=int(bad)):
             return None
         samples = self.learner.geometry.samples

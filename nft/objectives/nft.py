@@ -23,6 +23,7 @@ from nft.statistics import gather_rewards, nonfinite_reward, report_rewards
 from stitchvm_reward.diffusion.path import anchor_coefficients, bridge, bridge_velocity, per_sample
 from stitchvm_reward.runs import randomness
 from stitchvm_reward.runs.recipe import at_least, one_of, require
+from stitchvm_reward.transfer import to_device
 
 SPACES = ("anchor", "velocity")
 SCALE = 5.0  # the advantage clip, so that at v = v_old the gradient is (2 r - 1) = A / 5 times SCALE: A itself
@@ -162,43 +163,55 @@ class NFT(Objective):
             self.learner.skip(f"{problem} in epoch {epoch + 1}")
             metrics["train/skipped"] = float(self.learner.skipped)
             return Learned(rollouts, metrics, finite=False, updated=False)
-        groups = self.ranks.gather([(r.samples, torch.tensor(r.prompts)) for r in rollouts], samples)
-        tau = self.ranks.gather([(r.samples, r.tau) for r in rollouts], samples)
+        groups = self.ranks.gather([(r.samples, torch.tensor(r.prompts)) for r in rollouts], samples).cpu()
+        tau = self.ranks.gather([(r.samples, torch.tensor(r.taus)) for r in rollouts], samples).cpu()
         r = optimality(advantages(rewards["total"], groups, tau, self.train.per_group_std))
         metrics["train/collapsed_groups"] = collapsed_groups(rewards["total"], groups)
         metrics["train/optimality_std"] = float(r.std(correction=0))
-        rollouts = [replace(rollout, optimality=r[rollout.samples]) for rollout in rollouts]
+        device = self.generator.device
+        rollouts = [replace(rollout, optimality=to_device(r[rollout.samples], device)) for rollout in rollouts]
         metrics |= self.learner.update(rollouts, epoch, self)
         return Learned(rollouts, metrics, histograms={"optimality": r})
 
     def losses(self, rollout: Rollout, epoch: int) -> list[LossCall]:
+        levels, rollout = self.levels(rollout, epoch), rollout.gathered()
+        # Drawn before the sync, while the device still works on the micro batch before.
+        first = self.noise(rollout, epoch, 0)
         self.ranks.sync()
-        levels = self.levels(rollout, epoch)
-        return [partial(self.loss, rollout, levels[:, level], epoch, level) for level in range(levels.shape[1])]
+        return [
+            partial(self.loss, rollout, levels[:, level], epoch, level, noise=None if level else first)
+            for level in range(levels.shape[1])
+        ]
 
     def levels(self, rollout: Rollout, epoch: int) -> Tensor:
         """Return the noise levels that each sample is trained on, (batch, levels_per_sample)."""
         levels = training_levels(
             rollout.samples,
-            rollout.tau.tolist(),
+            rollout.taus,
             self.sigmas,
             count=self.train.levels_per_sample,
             kind=self.train.levels,
             seed=self.parts.seed,
             epoch=epoch,
         )
-        return levels.to(rollout.anchor.device)
+        return to_device(levels, rollout.anchor.device)
 
-    def loss(self, rollout: Rollout, t: Tensor, epoch: int, level: int) -> tuple[Tensor, Tensor]:
+    def noise(self, rollout: Rollout, epoch: int, level: int) -> Tensor:
+        """Return the noise that a level's latents are made with, each sample's own, on the device."""
+        address = self.parts.seed, randomness.TRAINING, epoch
+        drawn = randomness.noise(self.generator.latent_shape, *address, rollout.samples, level)
+        return to_device(drawn, rollout.anchor.device)
+
+    def loss(
+        self, rollout: Rollout, t: Tensor, epoch: int, level: int, *, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the summed loss at levels t (batch,) above each sample's tau, and the sums of its terms.
 
-        `level` addresses the noise. The old policy's forward pass is skipped while it equals the current one, the base
-        model's where beta_kl is 0.
+        `level` addresses the noise, which is drawn here unless it is given. The old policy's forward pass is skipped
+        while it equals the current one, the base model's where beta_kl is 0.
         """
         anchor, conditions, learner = rollout.anchor, rollout.conditions, self.learner
-        noise = randomness.noise(
-            self.generator.latent_shape, self.parts.seed, randomness.TRAINING, epoch, rollout.samples, level
-        ).to(anchor.device)
+        noise = self.noise(rollout, epoch, level) if noise is None else noise
         kept, added = bridge(per_sample(t, anchor), per_sample(rollout.tau, anchor))
         noisy = kept * anchor + added * noise
         velocity = self.generator.velocity(noisy, t, conditions, learner.network)

@@ -124,8 +124,8 @@ class Objective(ABC):
         All processes sync once, here or in the first call.
         """
 
-    def progress(self, rollouts: list[Rollout]) -> dict[str, str]:
-        """Return what the progress bar shows after these micro batches."""
+    def progress(self, rollout: Rollout) -> dict[str, str]:
+        """Return what the progress bar shows after a micro batch, without waiting for the device's work on it."""
         return {}
 
     def problem(self) -> str | None:

@@ -3,7 +3,10 @@
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
+
+from stitchvm_reward.transfer import to_device
 
 SOLVERS = ("euler", "dpm2")
 
@@ -68,8 +71,23 @@ def solve(
     return solve_each(lambda z, sigma, _: velocity(z, sigma), latents, sigmas, solver, [steps] * len(latents))
 
 
+def _arrivals(stops: list[int], steps: int, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return, for each step before which samples have arrived, which places of the batch go on and their samples.
+
+    All of it is on the device before the first step: sent later, it would let the device wait for the CPU.
+    """
+    rows, arrivals = list(range(len(stops))), {}
+    for step in range(steps):
+        kept = [place for place, row in enumerate(rows) if stops[row] > step]
+        if len(kept) < len(rows):
+            rows = [rows[place] for place in kept]
+            places, samples = (torch.tensor(indices, dtype=torch.long) for indices in (kept, rows))
+            arrivals[step] = to_device(places, device), to_device(samples, device)
+    return arrivals
+
+
 def solve_each(
-    velocity: Callable[[Tensor, float, list[int]], Tensor],
+    velocity: Callable[[Tensor, float, Tensor], Tensor],
     latents: Tensor,
     sigmas: list[float],
     solver: str,
@@ -77,19 +95,19 @@ def solve_each(
 ) -> Tensor:
     """As `solve`, each sample down to its own level sigmas[stops[n]]; a sample that has arrived is not run on.
 
-    `velocity(latents, sigma, rows)` is asked for the samples `rows` that are still on their way.
+    `velocity(latents, sigma, rows)` is asked for the samples `rows`, (batch,) indices, that are still on their way.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    latents, rows = latents.float(), list(range(len(latents)))
+    latents, rows = latents.float(), torch.arange(len(latents), device=latents.device)
+    arrivals = _arrivals(stops, len(sigmas) - 1, latents.device)
     arrived, before, previous = latents.clone(), None, None
     for step, (sigma, following) in enumerate(zip(sigmas, sigmas[1:])):
-        kept = [place for place, row in enumerate(rows) if stops[row] > step]
-        if len(kept) < len(rows):
+        if step in arrivals:
             arrived[rows] = latents
-            latents, rows = latents[kept], [rows[place] for place in kept]
-            previous = None if previous is None else previous[kept]
-        if not rows:
+            kept, rows = arrivals[step]
+            latents, previous = latents[kept], None if previous is None else previous[kept]
+        if not len(rows):
             break
         predicted = velocity(latents, sigma, rows).float()
         if solver == "euler":

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -9,45 +10,65 @@ from nft.geometry import Geometry
 from stitchvm_reward.runs.geometry import share
 
 PROCESSES = (1, 2, 3, 5, 7, 8, 16)
-SIZES = ((48, 24, 8, 1), (16, 8, 32, 1), (7, 3, 4, 2), (5, 5, 5, 3), (3, 2, 100, 1), (11, 13, 9, 4), (1, 2, 1, 2))
+SIZES = (
+    *((48, 24, 8, 1, 8), (16, 8, 32, 1, 32), (7, 3, 4, 2, 4), (5, 5, 5, 3, 5), (3, 2, 100, 1, 100), (1, 2, 1, 2, 1)),
+    *((48, 24, 32, 2, 8), (11, 13, 4, 4, 9), (7, 3, 3, 2, 2)),
+)
 
 
 @pytest.fixture(params=itertools.product(SIZES, PROCESSES), ids=str)
 def geometry(request):
-    (groups, group_size, micro_batch, updates), processes = request.param
-    return Geometry(groups, group_size, micro_batch, processes, updates)
+    (groups, group_size, micro_batch, updates, train), processes = request.param
+    return Geometry(groups, group_size, micro_batch, processes, updates, train)
 
 
-def test_every_sample_is_in_one_micro_batch_of_one_rank(geometry):
-    owned = [n for own in geometry.deal() for batch in own for n in geometry.members(batch)]
-    assert sorted(owned) == list(range(geometry.groups * geometry.group_size))
+@pytest.mark.parametrize("kind", ["rollouts", "trainings"])
+def test_every_sample_is_in_one_micro_batch_of_one_rank(geometry, kind):
+    batches = [batch for own in geometry.deal() for part in own for batch in getattr(geometry, kind)(part)]
+    assert sorted(n for batch in batches for n in batch) == list(range(geometry.groups * geometry.group_size))
+    size = geometry.micro_batch if kind == "rollouts" else geometry.train_micro_batch
+    assert max(map(len, batches)) <= size
 
 
-def test_every_micro_batch_is_trained_on_in_one_update(geometry):
+def test_every_part_is_trained_on_in_one_update(geometry):
     for own in geometry.deal():
-        trained = [batch for update in range(geometry.updates) for batch in geometry.trained_in(update, own)]
+        trained = [part for update in range(geometry.updates) for part in geometry.trained_in(update, own)]
         assert sorted(trained) == sorted(own)
 
 
-def test_samples_of_all_updates_sum_to_all(geometry):
-    found = [geometry.samples_in(update) for update in range(geometry.updates)]
-    assert sum(found) == geometry.samples and min(found) > 0
+def test_updates_share_the_samples_evenly(geometry):
+    shares = [geometry.share(update) for update in range(geometry.updates)]
+    assert [n for samples in shares for n in samples] == list(range(geometry.samples))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_samples_in_an_update_are_those_its_ranks_own(geometry):
-    for update in range(geometry.updates):
-        batches = [batch for own in geometry.deal() for batch in geometry.trained_in(update, own)]
-        assert geometry.samples_in(update) == sum(len(geometry.members(batch)) for batch in batches)
+@pytest.mark.parametrize("updates", [1, 2, 3])
+def test_a_samples_update_does_not_depend_on_the_micro_batches(updates):
+    found = set()
+    for size, train, processes in itertools.product((1, 3, 8, 64), (1, 4, 32), (1, 3)):
+        geometry = Geometry(7, 5, size, processes, updates, train)
+        found.add(
+            tuple(
+                tuple(
+                    sorted(n for part in geometry.trained_in(u, range(geometry.parts)) for n in geometry.members(part))
+                )
+                for u in range(updates)
+            )
+        )
+    assert len(found) == 1
 
 
-def test_rounds_suffice_for_every_rank_and_are_not_wasted(geometry):
-    for update in range(geometry.updates):
-        counts = [len(geometry.trained_in(update, own)) for own in geometry.deal()]
-        assert geometry.rounds(update) == max(counts) >= 1
+def test_rounds_suffice_for_every_rank_and_are_not_wasted_whatever_rollouts_cost(geometry):
+    for costs in (None, [7 * part % 5 for part in range(geometry.parts)], list(range(geometry.parts, 0, -1))):
+        hands = geometry.deal(costs)
+        for update in range(geometry.updates):
+            trained = [geometry.trained_in(update, own) for own in hands]
+            counts = [sum(len(geometry.trainings(part)) for part in own) for own in trained]
+            assert geometry.rounds(update) == max(counts) >= 1
 
 
 def test_work_is_dealt_evenly(geometry):
-    for hands in (geometry.deal(), geometry.deal([7 * batch % 5 for batch in range(geometry.batches)])):
+    for hands in (geometry.deal(), geometry.deal([7 * part % 5 for part in range(geometry.parts)])):
         assert max(map(len, hands)) - min(map(len, hands)) <= 1
         for update in range(geometry.updates):
             counts = [len(geometry.trained_in(update, own)) for own in hands]
@@ -63,14 +84,14 @@ def test_processes_that_meet_have_worked_equally_long():
 
     contiguous = [range(rank * 12, rank * 12 + 12) for rank in range(8)]
     for updates in (1, 2):
-        assert 4 * waited(Geometry(96, 8, 8, 8, updates).deal(costs)) < waited(contiguous)
+        assert 4 * waited(Geometry(96, 8, 8, 8, updates, 8).deal(costs)) < waited(contiguous)
 
 
 def test_micro_batches_hold_the_same_samples_for_any_number_of_processes(geometry):
-    alone = Geometry(geometry.groups, geometry.group_size, geometry.micro_batch, 1, geometry.updates)
-    assert geometry.batches == alone.batches
-    assert all(geometry.members(batch) == alone.members(batch) for batch in range(alone.batches))
-    assert all(geometry.samples_in(update) == alone.samples_in(update) for update in range(alone.updates))
+    alone = replace(geometry, processes=1)
+    assert geometry.parts == alone.parts
+    for part in range(alone.parts):
+        assert geometry.rollouts(part) == alone.rollouts(part) and geometry.trainings(part) == alone.trainings(part)
 
 
 @pytest.mark.parametrize("processes", PROCESSES)

@@ -136,8 +136,8 @@ def tiny_generator():
 
 
 def rolled_out(generator, table, samples, sigmas, stops, solver):
-    planned = plan_rollout(samples, samples, table, torch.tensor(samples))
-    return roll_out(generator, generator.transformer, planned, sigmas, seed=0, epoch=1, solver=solver, stops=stops)
+    planned = plan_rollout(generator, samples, samples, table=table, rows=samples, seed=0, epoch=1)
+    return roll_out(generator, generator.transformer, planned, sigmas, solver=solver, stops=stops)
 
 
 @pytest.mark.parametrize("solver", ["euler", "dpm2"])

@@ -8,7 +8,7 @@ from _pytest.mark import ParameterSet
 from safetensors.torch import load_file
 
 from nft.config import load_recipe
-from nft.cost.plan import print_plan
+from nft.cost.micro_batch import print_plan
 from tests.tiny import DRAFT, ROOT, STOPPED
 
 RECIPE = "recipes/shapes/flux_aesthetic.yaml"

@@ -1,5 +1,6 @@
 """Negative-aware fine-tuning (DiffusionNFT, arXiv 2509.16117), on full and on stopped rollouts."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from stitchvm_reward.runs.recipe import at_least, one_of, require
 from stitchvm_reward.transfer import to_device
 
 SPACES = ("anchor", "velocity")
+MOST_WEIGHT = 0.01  # of the KL term at a level, where the base model is run at some levels only
 SCALE = 5.0  # the advantage clip, so that at v = v_old the gradient is (2 r - 1) = A / 5 times SCALE: A itself
 
 
@@ -35,6 +37,9 @@ class NFTSettings(ObjectiveSettings):
     """Noise levels to train on: grid (the solver's own) or continuous (uniform)."""
     levels_per_sample: int = 1
     """Noise levels per sample and epoch, without repetition on the grid: most of a run's cost."""
+    reference_share: float = 0.125
+    """Share of the levels at which the base model is run for train.beta_kl. The term counts 1 / share times as much
+    there, so that the expected loss is the same; train/kl is the estimate. 1: at all levels, as DiffusionNFT does."""
     space: str = "anchor"
     """Loss on anchors with self-normalised weights (anchor) or on velocities (velocity)."""
     beta: float = 1.0
@@ -50,6 +55,14 @@ class NFTSettings(ObjectiveSettings):
         one_of("train.levels", self.levels, ("grid", "continuous"))
         at_least("train.levels_per_sample", self.levels_per_sample, 1)
         one_of("train.space", self.space, SPACES)
+        share = self.reference_share
+        require(0 < share <= 1, "train.reference_share must be in (0, 1]", share)
+        require(
+            share == 1 or self.beta_kl <= MOST_WEIGHT * share,
+            f"train.reference_share must be 1, or at least train.beta_kl / {MOST_WEIGHT:g}: at few levels the base "
+            "model would count too much",
+            share,
+        )
         require(0 < self.beta <= 1, "train.beta must be in (0, 1]", self.beta)
         require(self.old_schedule in (0, 1, 2), "train.old_schedule must be 0, 1 or 2", self.old_schedule)
 
@@ -71,6 +84,17 @@ class Batch:
     t: Tensor
     tau: Tensor
     optimality: Tensor
+
+
+def in_share(share: float, seed: int, number: int) -> bool:
+    """Return whether the pass of this number, counted over a run, is in a random share of all passes.
+
+    A systematic sample: from a random start, at even distances. Each pass is in it with probability `share` over seeds,
+    and any run of n passes has n * share of them within 1. It is the same for all samples, so a whole forward pass is
+    left out, on all processes alike. Which noise level a sample has in a pass is random, so no level is left out.
+    """
+    start = float(torch.rand(1, dtype=torch.float64, generator=randomness.at(seed, randomness.REFERENCE)))
+    return math.floor((number + 1) * share + start) > math.floor(number * share + start)
 
 
 def _branch(difference: Tensor, weighted: bool) -> Tensor:
@@ -144,14 +168,18 @@ class NFT(Objective):
     def cost(train: Any) -> SampleCost:
         # The old policy needs its own forward pass only while it differs from the current one.
         same_policy = train.old_schedule == 0 and train.updates_per_epoch == 1
-        return SampleCost(train.levels_per_sample, (0 if same_policy else 1) + (1 if train.beta_kl > 0 else 0))
+        reference = train.reference_share if train.beta_kl > 0 else 0
+        return SampleCost(train.levels_per_sample, (0 if same_policy else 1) + reference)
 
     @staticmethod
     def describe(train: Any, rollout: RolloutRecipe, rounds: int) -> tuple[str, str]:
         grid = train.levels == "grid"
         choice = f"{train.levels_per_sample} of {rollout.steps} grid" if grid else "continuous"
+        some = (
+            f" at {train.reference_share:.4g} of the levels" if train.beta_kl > 0 and train.reference_share < 1 else ""
+        )
         return (
-            f"{choice} levels per sample, {train.space} space, beta {train.beta:g}, beta_kl {train.beta_kl:g}",
+            f"{choice} levels per sample, {train.space} space, beta {train.beta:g}, beta_kl {train.beta_kl:g}{some}",
             f"{rounds * train.levels_per_sample} forward and backward passes",
         )
 
@@ -217,8 +245,10 @@ class NFT(Objective):
         velocity = self.generator.velocity(noisy, t, conditions, learner.network)
         same_policy = learner.policy.old_is_current
         old = velocity.detach() if same_policy else learner.frozen_velocity("old", noisy, t, conditions)
-        reference = learner.frozen_velocity(None, noisy, t, conditions) if self.train.beta_kl > 0 else None
+        share = self.train.reference_share
+        compared = self.train.beta_kl > 0 and in_share(share, self.parts.seed, epoch * self.losses_per_sample + level)
+        reference = learner.frozen_velocity(None, noisy, t, conditions) if compared else None
         assert rollout.optimality is not None
         batch = Batch(velocity, old, reference, anchor, noise, noisy, t, rollout.tau, rollout.optimality)
         policy, kl, deviation = nft_loss(batch, self.train.beta, self.train.space)
-        return summed(policy, kl, self.train.beta_kl, rollout.weight, deviation)
+        return summed(policy, kl / share, self.train.beta_kl, rollout.weight, deviation)

@@ -68,7 +68,7 @@ class SampleCost:
     """
 
     passes: float
-    frozen: int
+    frozen: float
     solver_steps: int = 0
     reward_gradient: bool = False
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 ROLLOUT, LEVELS, TRAINING, EVALUATION, PROMPTS, ADAPTERS, STOPS, AUDIT, SPLIT, ORDER, PROBE = range(11)
 STEERING, RESAMPLING, MONTE_CARLO = range(11, 14)
+REFERENCE = 16
 
 
 def at(seed: int, *address: int) -> torch.Generator:

@@ -90,5 +90,5 @@ def test_auto_needs_a_model_whose_shapes_are_known(monkeypatch):
         raise InputError("the shapes of somebody/model are not known here")
 
     monkeypatch.setattr(micro_batch, "costs", unknown)
-    with pytest.raises(InputError, match="train.micro_batch cannot be auto.*not known here; give a number"):
+    with pytest.raises(InputError, match=r"train.micro_batch cannot be auto.*not known here; give a number"):
         fit(published("train.micro_batch=auto"), 1, 80 * GIB)

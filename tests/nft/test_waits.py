@@ -1,0 +1,62 @@
+"""Inside micro batches no tensor is asked for its value: on a GPU the program would wait for the device's work."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stitchvm_reward.diffusion.solvers import solve_each
+from stitchvm_reward.transfer import RunningMean
+from tests.tiny import DRAFT
+
+
+class NoValues(TorchDispatchMode):
+    """Raises where a tensor's numbers decide what the program does."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket._qualified_op_name.split("::")[1] not in self.ASKING, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [(), DRAFT], ids=["nft", "draft"])
+def test_a_micro_batch_of_training_asks_for_no_value(make_trainer, tmp_path, settings):
+    trainer = make_trainer(tmp_path / "run", *settings)
+    rollout = trainer.collector.collect(0)[0]
+    if not settings:
+        object.__setattr__(rollout, "optimality", torch.full((len(rollout.samples),), 0.5))
+    with NoValues():
+        for compute in trainer.objective.losses(rollout, 0):
+            loss, _ = compute()
+            loss.backward()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoValues():
+        float(loss.detach())  # what it would raise at
+
+
+def test_solver_steps_take_samples_away_without_asking_the_device():
+    # On the meta device tensors have no numbers, and an index made from a list in the loop would come from the CPU.
+    indices = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "index" in str(func):
+                indices.extend(t.device.type for t in torch.utils._pytree.tree_leaves(args[1]) if t is not None)
+            return func(*args, **(kwargs or {}))
+
+    latents = torch.zeros(3, 4, 2, 2, device="meta")
+    with Watch():
+        end = solve_each(lambda z, sigma, rows: z * 0, latents, [1.0, 0.7, 0.4, 0.0], "dpm2", [3, 1, 2])
+    assert end.shape == latents.shape
+    assert indices and set(indices) == {"meta"}
+
+
+def test_progress_shows_the_mean_of_the_batches_before_the_last():
+    reward = RunningMean()
+    assert reward.shown() == {}
+    reward.add(torch.tensor([1.0, 2.0]))
+    assert reward.shown() == {}
+    reward.add(torch.tensor([7.0]))
+    assert reward.shown() == {"reward": "1.500"}
+    reward.add(torch.tensor([0.0]))
+    assert reward.shown() == {"reward": "3.333"}

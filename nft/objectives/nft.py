@@ -55,14 +55,7 @@ class NFTSettings(ObjectiveSettings):
         one_of("train.levels", self.levels, ("grid", "continuous"))
         at_least("train.levels_per_sample", self.levels_per_sample, 1)
         one_of("train.space", self.space, SPACES)
-        share = self.reference_share
-        require(0 < share <= 1, "train.reference_share must be in (0, 1]", share)
-        require(
-            share == 1 or self.beta_kl <= MOST_WEIGHT * share,
-            f"train.reference_share must be 1, or at least train.beta_kl / {MOST_WEIGHT:g}: at few levels the base "
-            "model would count too much",
-            share,
-        )
+        require(0 < self.reference_share <= 1, "train.reference_share must be in (0, 1]", self.reference_share)
         require(0 < self.beta <= 1, "train.beta must be in (0, 1]", self.beta)
         require(self.old_schedule in (0, 1, 2), "train.old_schedule must be 0, 1 or 2", self.old_schedule)
 
@@ -156,6 +149,13 @@ class NFT(Objective):
             rollout.group_size >= 2,
             "rollout.group_size must be at least 2: a lone sample has no advantage",
             rollout.group_size,
+        )
+        share = train.reference_share
+        require(
+            share == 1 or train.beta_kl <= MOST_WEIGHT * share,
+            f"train.reference_share must be 1, or at least train.beta_kl / {MOST_WEIGHT:g}: at few levels the base "
+            "model would count too much",
+            share,
         )
         most = rollout.stop_window[0] if rollout.stop_window else rollout.steps
         require(

@@ -86,7 +86,7 @@ def in_share(share: float, seed: int, number: int) -> bool:
     and any run of n passes has n * share of them within 1. It is the same for all samples, so a whole forward pass is
     left out, on all processes alike. Which noise level a sample has in a pass is random, so no level is left out.
     """
-    start = float(torch.rand(1, dtype=torch.float64, generator=randomness.at(seed, randomness.REFERENCE)))
+    start = randomness.at(seed, randomness.REFERENCE).initial_seed() / 2**63  # uniform in [0, 1]
     return math.floor((number + 1) * share + start) > math.floor(number * share + start)
 
 

@@ -1,6 +1,7 @@
 """Where an epoch's time goes, at a recipe's real shapes and with random weights: nothing is downloaded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nft.config import Recipe
+from nft.cost.micro_batch import device_memory, fit
 from nft.models import make_policy, save_memory
 from nft.objectives.nft import NFT
 from nft.objectives.objective import Parts
@@ -29,7 +31,7 @@ from stitchvm_reward.stitching.benchmark import BLOCK, REWARD_BLOCK
 from stitchvm_reward.stitching.config import load_stitch_recipe
 from stitchvm_reward.stitching.value_model import ValueNetwork, read_config
 
-COMPILED = ("rollout step", "training level", "stitched score")  # phases that model.compile compiles
+COMPILED = ("rollout step", "training level", "reference", "stitched score")  # phases that model.compile compiles
 
 
 def encode_cost(recipe: Recipe, device: torch.device, repeats: int) -> dict[str, Any]:
@@ -75,10 +77,9 @@ class Bench:
         self.parameters = list(self.policy.tensors("current").values())
         self.optimizer = make_optimizer(recipe.train, self.parameters)
         learner: Any = RandomLearner(self.policy, self.generator)
+        apart = replace(recipe.train, beta_kl=0.0)  # the base model's forward pass is measured on its own
         nothing: Any = None  # one process, and no rewards
-        self.objective = NFT(
-            Parts(recipe.train, recipe.rollout, [], recipe.seed, self.generator, learner, nothing, nothing)
-        )
+        self.objective = NFT(Parts(apart, recipe.rollout, [], recipe.seed, self.generator, learner, nothing, nothing))
         self.rollout = self._rollout()
 
     def _rollout(self) -> Rollout:
@@ -113,10 +114,15 @@ class Bench:
         return self.generator.decode(self.rollout.anchor)
 
     def training_level(self) -> None:
-        """Run one noise level of the micro batch: every forward pass that the recipe needs, and the backward pass."""
+        """Run one noise level of the micro batch: the forward pass, the old policy's where it is needed, and backward."""
         t = torch.full((len(self.rollout.samples),), 0.9, device=self.device)
         loss, _ = self.objective.loss(self.rollout, t, 0, 0)
         loss.backward()
+
+    def reference(self) -> Tensor:
+        """Run the base model's forward pass, which a share of the levels has."""
+        t = torch.full((len(self.rollout.samples),), 0.9, device=self.device)
+        return self.objective.learner.frozen_velocity(None, self.rollout.anchor, t, self.rollout.conditions)
 
     def optimizer_step(self) -> None:
         """Clip and apply whatever gradient there is."""
@@ -181,6 +187,8 @@ def _calls_per_sample(recipe: Recipe, phase: str) -> float:
         return 1.0 if window else 0.0
     if name == "training level":
         return recipe.train.levels_per_sample
+    if name == "reference":
+        return recipe.train.levels_per_sample * recipe.train.reference_share
     return recipe.train.updates_per_epoch / samples if name == "optimizer step" else 0.0
 
 
@@ -196,6 +204,7 @@ def measure(recipe: Recipe, repeats: int, device: torch.device) -> dict[str, Any
         raise InputError(
             f"only train.objective=nft can be measured, got {recipe.train.objective!r}: time a run instead"
         )
+    recipe = fit(recipe, 1, device_memory())
     batch = recipe.rollout.micro_batch
     rows = [encode_cost(recipe, device, repeats)]
     bench = Bench(recipe, device)
@@ -206,6 +215,8 @@ def measure(recipe: Recipe, repeats: int, device: torch.device) -> dict[str, Any
         "training level": (bench.training_level, batch),
         "optimizer step": (bench.optimizer_step, 1),
     }
+    if recipe.train.beta_kl > 0:
+        calls["reference"] = (bench.reference, batch)
     for name, (call, samples) in calls.items():
         compiled = recipe.model.compile and name.split(":")[0] in COMPILED
         rows.append({"phase": name} | timed(call, samples, device, repeats, compiled=compiled))

@@ -134,6 +134,7 @@ def test_a_checkpoint_of_the_one_objective_is_not_gone_on_with_by_the_other(stra
     _, run = straight
     shutil.copytree(run, tmp_path / "run")
     settings = [setting for setting in straight[0] if not setting.startswith(("train.draft", "train.objective"))]
+    settings.append("train.reference_share=1")
     with pytest.raises(InputError, match=r"train\.(objective|draft_steps) is ('draft'|2) there and ('nft'|1) here"):
         check_run_folder(load_recipe("recipes/shapes/aesthetic.yaml", overrides(tmp_path / "run", *settings)))
 

@@ -114,7 +114,7 @@ class Bench:
         return self.generator.decode(self.rollout.anchor)
 
     def training_level(self) -> None:
-        """Run one noise level of the micro batch: the forward pass, the old policy's where it is needed, and backward."""
+        """Run one noise level of the micro batch: forward, the old policy's where needed, and backward."""
         t = torch.full((len(self.rollout.samples),), 0.9, device=self.device)
         loss, _ = self.objective.loss(self.rollout, t, 0, 0)
         loss.backward()

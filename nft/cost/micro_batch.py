@@ -17,6 +17,11 @@ from stitchvm_reward.runs.rank_sync import RankSync
 
 SIZES = [2**power for power in range(8, -1, -1)]
 ON_CPU = 8  # larger ones are no faster there
+PHASES = {  # of the memory plan, by the micro batch that they depend on
+    "rollout": ("rollout", "decode", "score", "audit"),
+    "train": ("train",),
+    "evaluation": ("evaluate", "rollout", "decode"),
+}
 UNEVEN = 1 / 16  # a process may work this much longer than an even share, for the sake of a larger micro batch
 
 
@@ -59,9 +64,7 @@ def _fitting(recipe: Recipe, available: int | None) -> Callable[[int, str], bool
 
     def fits(size: int, phase: str) -> bool:
         expected = memory(_sized(recipe, size, size, size), cost)
-        apart = {"train": ("train",), "evaluation": ("evaluate", "rollout", "decode")}
-        names = apart.get(phase) or [name for name in expected if name not in ("train", "evaluate", "encode prompts")]
-        return max(expected[name] for name in names if name in expected) * GIB <= available
+        return max(expected[name] for name in PHASES[phase] if name in expected) * GIB <= available
 
     return fits
 

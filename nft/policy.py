@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from nft.adapters import AdaptedLinear
 from stitchvm_reward.errors import InputError, nearest
 from stitchvm_reward.runs import randomness
 from stitchvm_reward.runs.recipe import at_least, one_of
@@ -87,12 +87,14 @@ class Policy:
             for name in ADAPTERS:
                 weights = "gaussian" if init == "gaussian" else True  # True is PEFT's name for kaiming
                 config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=weights, target_modules=list(targets))
+                config._register_custom_module({nn.Linear: AdaptedLinear})
                 network.add_adapter(config, adapter_name=name)
-        self.layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+        self.layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, AdaptedLinear)}
         for name in ADAPTERS:
             for parameter in self.tensors(name).values():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(name == "current")
+        self._changed: set[str] = set()  # adapters whose copies in the network's format are out of date
         self.copy("current", "old")
         self.copy("current", "ema")
         self.old_is_current = True
@@ -154,10 +156,30 @@ class Policy:
 
     def _activate(self, adapter: str | None) -> None:
         self._active = adapter
-        # Setting the layers' own state leaves requires_grad alone; set_adapter would not.
+        if adapter in self._changed:
+            self._refresh(adapter)
         for layer in self.layers.values():
-            layer._disable_adapters = adapter is None
-            layer._active_adapter = [adapter or "current"]
+            layer.activate(adapter)
+
+    @torch.no_grad()
+    def _refresh(self, adapter: str) -> None:
+        """Copy an adapter that does not train into its layers' number format, where that is not the masters' own.
+
+        ZeRO-3 gathers the masters layer by layer and needs no copies.
+        """
+        copies, masters = [], []
+        for layer in self.layers.values():
+            dtype = layer.base_layer.weight.dtype
+            for matrix in (layer.lora_A[adapter], layer.lora_B[adapter]):
+                if hasattr(matrix.weight, "ds_tensor") or matrix.weight.dtype == dtype:
+                    continue
+                if matrix.product is None:
+                    matrix.product = torch.empty_like(matrix.weight, dtype=dtype)
+                copies.append(matrix.product)
+                masters.append(matrix.weight)
+        if copies:
+            torch._foreach_copy_(copies, masters)
+        self._changed.discard(adapter)
 
     @contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
@@ -172,11 +194,13 @@ class Policy:
     def blend(self, target: str, decay: float) -> None:
         """target <- decay target + (1 - decay) current."""
         torch._foreach_lerp_(self._held(target), self._held("current"), 1 - decay)
+        self._changed.add(target)
 
     @torch.no_grad()
     def copy(self, source: str, target: str) -> None:
         """target <- source, bit for bit."""
         torch._foreach_copy_(self._held(target), self._held(source))
+        self._changed.add(target)
 
     def after_update(self, step: int, ceiling: float) -> None:
         """Record that `current` moved in optimizer step `step`, counted from 1, and let the average follow."""
@@ -208,3 +232,4 @@ class Policy:
                 matrix.ds_tensor.copy_(local_part(state[key].to(matrix.ds_tensor), matrix))
             else:
                 matrix.copy_(state[key])
+        self._changed = {"old", "ema"}

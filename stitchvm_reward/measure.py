@@ -1,5 +1,6 @@
 """Measurements of single calls: FLOPs, time and peak memory, and a description of the machine they were made on."""
 
+import math
 import platform
 import subprocess
 import time
@@ -18,7 +19,7 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 WARM_UPS = 5  # calls at most before the timed ones
 
@@ -125,6 +126,39 @@ def timed(
         if not regions:
             raise RuntimeError("nothing compiled ran in a call that was to be timed compiled")
     return cost
+
+
+class Traffic(TorchDispatchMode):
+    """Counts, operation by operation, the bytes read and written, and the FLOPs of float32 matrix products.
+
+    Views cost nothing, a broadcast dimension counts once, and attention counts its inputs and its result. It is an
+    upper bound for compiled code, which keeps the results of fused operations in registers.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.float32_flops = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        if function.is_view or function in _FREE:
+            return result
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        read = [leaf for leaf in tree_leaves((arguments, named)) if isinstance(leaf, Tensor)]
+        self.bytes += sum(_bytes(tensor) for tensor in (*read, *written))
+        packet = function.overloadpacket
+        if packet in _PRODUCTS and written[0].dtype == torch.float32:
+            self.float32_flops += flop_registry[packet](*arguments, **(named or {}), out_val=result)
+        return result
+
+
+_FREE = {torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default, torch.ops.aten.empty.memory_format}
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+
+
+def _bytes(tensor: Tensor) -> int:
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(size for size, stride in sizes if stride) * tensor.element_size()
 
 
 class _Live(TorchDispatchMode):

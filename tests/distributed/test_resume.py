@@ -67,7 +67,9 @@ def test_a_run_goes_from_four_processes_to_three_and_back(runs):
 
 def test_a_value_model_is_finished_bit_for_bit_by_three_processes(small_stitch, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    settings = [*small_stitch, "backbone.block=2", "reward.block=1", f"data.cache={tmp_path}/cache"]
+    # Four micro batches a step: no process is without a gradient, so that the order of a sum shows.
+    settings = [*small_stitch, "finetune.micro_batch=4", "backbone.block=2", "reward.block=1"]
+    settings.append(f"data.cache={tmp_path}/cache")
 
     def build(out: Path) -> None:
         run = {"recipe": "recipes/stitch/shapes_aesthetic.yaml", "overrides": [*settings, f"out={out}"]}

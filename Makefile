@@ -15,11 +15,10 @@ export TOKENIZERS_PARALLELISM ?= false
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation deepspeed --constraint constraints.txt
 	touch $@
 
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
-
+# One process needs no launcher, whose own start takes seconds.
 demo: .venv/ready
-	$(LAUNCH) launch/nft.py recipes/shapes/aesthetic.yaml out=runs/demo-full
-	$(LAUNCH) launch/nft.py recipes/shapes/stopped.yaml out=runs/demo-stopped
+	$(BIN)/python launch/nft.py recipes/shapes/aesthetic.yaml out=runs/demo-full
+	$(BIN)/python launch/nft.py recipes/shapes/stopped.yaml out=runs/demo-stopped
 	$(BIN)/python -m nft.evaluation.summary runs/demo-full runs/demo-stopped
 
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile

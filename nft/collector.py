@@ -83,7 +83,7 @@ class Collector:
         `chosen` are the groups' prompts. What the network reads of each prompt is on the device once.
         """
         size, queue = self.geometry.group_size, iter(batches)
-        distinct = sorted({chosen[n // size] for batch in batches for n in batch}) or [0]
+        distinct = sorted({chosen[n // size] for batch in batches for n in batch}) or chosen[:1]
         places = {prompt: place for place, prompt in enumerate(distinct)}
         table = self.cache.conditions([self.prompts[prompt] for prompt in distinct])
 

@@ -13,7 +13,7 @@ from nft.policy import LoraRecipe
 from nft.rollout import RolloutRecipe, require_size
 from stitchvm_reward.diffusion.recipe import ModelRecipe
 from stitchvm_reward.rewards.recipe import RewardRecipe
-from stitchvm_reward.runs.recipe import CheckpointRecipe, at_least, one_of, read_recipe, require
+from stitchvm_reward.runs.recipe import CheckpointRecipe, at_least, one_of, positive, read_recipe, require
 from stitchvm_reward.runs.tracking import TRACKERS
 
 
@@ -49,10 +49,14 @@ class PromptsRecipe:
     held_out_split: str = "test"
     """Split of a data set on the hub that `held_out` is read from."""
     cache: str = "~/.cache/stitch-nft/prompts"
-    """Folder that keeps prompt embeddings between runs."""
+    """Folder that keeps prompt embeddings between runs. Only prompts that the run's epochs draw are encoded."""
+    cache_limit: float = 40.0
+    """GB (10^9 bytes) that this folder may hold: files that no run has used for longest make room. A run whose prompts
+    do not fit encodes them in rounds between its epochs, beside the model, which takes more memory."""
 
     def __post_init__(self):
         require(bool(self.column), "prompts.column must name a column", self.column)
+        positive("prompts.cache_limit", self.cache_limit)
 
 
 @dataclass
@@ -78,6 +82,10 @@ class EvaluationRecipe:
     """Images in the before/after grid."""
     metrics: list[str] = field(default_factory=list)
     """Further measures that are never trained on, each a package.module:function of (images, prompts)."""
+    cache: str = "~/.cache/stitch-nft/evaluations"
+    """Folder that keeps the untrained model's latents between runs, at most 2 GB of them. They are used again where
+    everything that decides their bits is the same: weights, prompts, noise, steps, code, versions, device. Empty: none
+    are kept."""
 
     def __post_init__(self):
         at_least("evaluation.every", self.every, 0)

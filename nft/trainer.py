@@ -18,13 +18,14 @@ from nft.learner import Learner, Tensors, on_cpu
 from nft.models import load_generator, make_policy
 from nft.objectives import objective_class
 from nft.objectives.objective import Learned, Parts
-from nft.prompts import check_prompts, encode_prompts
+from nft.prompts import DrawnPrompts, check_prompts
 from nft.rollout import stand_in
 from nft.scoring import RolloutScorer, Scorer
 from nft.sharded import load_sharded
+from nft.untrained import UntrainedLatents
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint
-from stitchvm_reward.runs.pictures import curves
+from stitchvm_reward.runs.pictures import before_after, curves
 from stitchvm_reward.runs.rank_sync import RankSync, Stopped, mark_stopped
 from stitchvm_reward.runs.run_folder import prepare_run_folder
 from stitchvm_reward.runs.tracking import Tracker, epoch_line, epoch_seconds
@@ -40,7 +41,10 @@ class Trainer:
         rollout, train, seed = fitted.rollout, fitted.train, recipe.seed
         prompts, held_out = check_prompts(recipe)
         scorer = Scorer(recipe.rewards, recipe.evaluation.metrics, accelerator.device)
-        self.cache = encode_prompts(recipe, [*prompts, *held_out], self.ranks)
+        self.folder = Path(recipe.out).expanduser()
+        first = checkpoint.expected_epoch(self.folder / "checkpoints", recipe.checkpoint.resume)
+        self.prompts = DrawnPrompts(recipe, prompts, held_out, first=first, ranks=self.ranks)
+        self.cache = self.prompts.cache
         sharded = load_sharded(recipe.model, accelerator) if zero_stage(accelerator) == 3 else None
         generator = load_generator(recipe, accelerator.device, sharded)
         # Blocks that ZeRO-3 shards cannot run apart from the rest: value models load their own.
@@ -52,7 +56,7 @@ class Trainer:
             generator=generator,
             ranks=self.ranks,
             geometry=recipe_geometry(fitted, accelerator.num_processes),
-            stand_in=stand_in(self.cache.conditions(prompts[:1]), generator.latent_shape),
+            stand_in=stand_in(self.cache.conditions(held_out[:1]), generator.latent_shape),
         )
         score = RolloutScorer(scorer, generator, policy, prompts, self.timings, stopped=bool(rollout.stop_window))
         parts = Parts(train, rollout, [*scorer.rewards], seed, generator, learner, self.ranks, score)
@@ -63,7 +67,14 @@ class Trainer:
         self.auditor = Auditor(self.audit, scorer=scorer, prompts=prompts, rollout=rollout, **shared)
         evaluation, size = recipe.evaluation, fitted.evaluation.micro_batch
         self.held_out = HeldOut(
-            held_out, cache=self.cache, scorer=scorer, evaluation=evaluation, micro_batch=size, **shared
+            held_out,
+            cache=self.cache,
+            scorer=scorer,
+            untrained=UntrainedLatents(evaluation.cache, recipe.model, generator),
+            evaluation=evaluation,
+            micro_batch=size,
+            starts_as_base=not recipe.lora.start,
+            **shared,
         )
         self.cost = announce(fitted, accelerator.num_processes, tqdm.write) if self.main else {}
         self._start()
@@ -71,7 +82,6 @@ class Trainer:
     def _start(self) -> None:
         """Claim the run folder and resume. Nothing is written before everything has loaded, so that a failed start does
         not stand in the way of a corrected one."""
-        self.folder = Path(self.recipe.out).expanduser()
         with self.ranks.together():
             self.claim = prepare_run_folder(self.recipe) if self.main else None
         self.epoch = 0
@@ -117,6 +127,7 @@ class Trainer:
 
     def run_epoch(self) -> dict[str, float]:
         """Run one round of rollout and update; until its end, `before` is what an interrupted run goes back to."""
+        self.prompts.prepare(self.epoch)
         # Where the one step of an epoch is its last act, the tensors stay as they are until then and need no copy.
         every = self.recipe.audit.every
         steps_last = self.learner.geometry.updates == 1 and not (every and self.epoch % every == 0)
@@ -210,9 +221,11 @@ class Trainer:
     def _finish(self) -> None:
         """Leave what people look at: the averaged adapter as a LoRA file, pictures before and after, and curves."""
         averaged = self.learner.policy.whole("ema")
+        before, after = self.held_out.before_and_after(self.epoch)
         if self.tracker is None:
             return
-        self.held_out.draw(self.folder / "before_after.png")
+        shown = self.held_out.prompts[: len(before)]
+        before_after(before / 255, after / 255, shown, self.folder / "before_after.png")
         header = lora_header(self.recipe, self.learner.generator.transformer.config, self.epoch)
         save_lora(self.folder / "lora.safetensors", averaged, self.learner.policy.scaling(), header)
         self.tracker.close()

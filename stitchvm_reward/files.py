@@ -1,7 +1,9 @@
-"""Writing files and folders atomically, and results as JSON."""
+"""Writing files and folders atomically, results as JSON, and hashes of files."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -57,6 +59,15 @@ def staged(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+def content_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content. A file of the hub's cache has it as its name and is not read."""
+    target = path.resolve()
+    if target.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", target.name):
+        return target.name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(path: Path) -> None:

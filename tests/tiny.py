@@ -34,8 +34,9 @@ DRAFT = ("train.objective=draft", "train.old_schedule=0", "train.weight_decay=0"
 
 
 def few_prompts(folder: Path) -> tuple[str, ...]:
-    """Overrides to twelve training prompts, written into a folder, and to a cache of embeddings there."""
+    """Overrides to twelve training prompts, written into a folder, and to caches there."""
     lines = (ROOT / "miniature/prompts/train.txt").read_text().splitlines()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.txt").write_text("\n".join(lines[:12]) + "\n")
-    return f"prompts.train={folder}/train.txt", f"prompts.cache={folder}/cache"
+    caches = f"prompts.cache={folder}/cache", f"evaluation.cache={folder}/evaluations"
+    return f"prompts.train={folder}/train.txt", *caches

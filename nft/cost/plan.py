@@ -9,6 +9,7 @@ from nft.cost.shapes import Costs, costs
 from nft.geometry import Geometry, geometry_of
 from nft.objectives import objective_class
 from nft.policy import ADAPTERS
+from nft.prompts import cache_line
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import architecture_of, family_of
 from stitchvm_reward.runs.launcher import threads_line
@@ -153,6 +154,7 @@ def cost_lines(recipe: Recipe, processes: int) -> list[str]:
         f"{recipe.model.resolution} px, {cost.base_parameters:,} parameters in the transformer",
         f"adapters     rank {recipe.lora.rank}, alpha {recipe.lora.alpha}: {cost.adapted_layers} layers, "
         f"{cost.adapter_parameters:,} parameters, three of them ({', '.join(ADAPTERS)})",
+        cache_line(recipe),
         *(f"memory       {phase}: about {size:.1f} GiB" for phase, size in memory(recipe, cost).items()),
         *memory_warning(recipe, cost),
         f"FLOPs        one sample: forward {cost.forward_flops / 1e12:.3g}, forward and backward "

@@ -1,5 +1,6 @@
 """Rewards and measures of a base and a tuned model on held-out prompts, paired by prompt and noise."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nft.models import load_generator
 from nft.preflight import check_inputs
 from nft.rollout import sample
 from nft.scoring import Scorer
+from nft.untrained import UntrainedLatents
 from stitchvm_reward.diffusion.prompt_cache import PromptCache
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.prompts import read_prompts
@@ -87,6 +89,7 @@ def evaluate_images(
     if lora is not None:
         attach_lora(network, lora)
     sigmas = generator.sigmas(recipe.evaluation.steps)
+    untrained = UntrainedLatents(recipe.evaluation.cache, recipe.model, generator)
     parts_of: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
     size = fit(recipe, 1, device_memory()).evaluation.micro_batch
     for start in tqdm(range(0, len(prompts), size), desc="sample and score", leave=False, dynamic_ncols=True):
@@ -94,10 +97,12 @@ def evaluate_images(
         texts = [prompts[index] for index in indices]
         noise_seed = recipe.seed if seed is None else seed
         noise = randomness.noise(generator.latent_shape, noise_seed, randomness.EVALUATION, 0, indices)
+        conditions = cache.conditions(texts)
+        make = partial(sample, generator, network, conditions, noise, sigmas)
         for name in names:
             if lora is not None:
                 (network.enable_lora if name == "tuned" else network.disable_lora)()
-            latents = sample(generator, network, cache.conditions(texts), noise, sigmas)
+            latents = make() if name == "tuned" else untrained.get(conditions, noise, sigmas, make)
             for measure, scores in scorer.measure(generator.decode(latents), texts).items():
                 parts_of[name].setdefault(measure, []).append(scores.double().cpu())
     whole = {name: {key: torch.cat(parts).numpy() for key, parts in parts_of[name].items()} for name in names}

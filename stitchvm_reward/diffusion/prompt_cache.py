@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stitchvm_reward.cache_folder import cached_file, mark_used
 from stitchvm_reward.diffusion.recipe import ModelRecipe
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.families import family_of
+from stitchvm_reward.families import architecture_of
 from stitchvm_reward.families.family import Conditions, Family
 from stitchvm_reward.files import staged
 from stitchvm_reward.hub import locate
 
+BATCH = 16  # texts that are encoded together
+FORMAT = 2  # of the files; those of another format are never found
 IN_MEMORY = 2048  # prompts whose tensors are held in memory; the others are read from disk again
 
 
@@ -47,15 +51,26 @@ def load_text_pipeline(family: Family, folder: Path, dtype: torch.dtype, device:
     return pipeline
 
 
+def bytes_per_prompt(model: ModelRecipe) -> int:
+    """Return the bytes of one prompt's tensors in the cache, from shapes. Raises InputError for an unknown model."""
+    architecture = architecture_of(model.path)
+    with torch.device("meta"):
+        whole = architecture.family.stand_in(architecture, 1, model.text_length)
+    kept = architecture.family.kept(architecture, whole.tensors)
+    return sum(tensor.numel() for tensor in kept.values()) * model.torch_dtype.itemsize
+
+
 class PromptCache:
-    """Named tensors of prompts as safetensors files, one for each text.
+    """Named tensors of prompts as safetensors files, one for each text, in the number format of the text encoders.
 
     A file is named after the model's text encoders, the number of tokens, the number format and the text, so a run with
-    any other of these never finds it. The text encoders are in memory only while `ensure` runs.
+    any other of these never finds it. The text encoders are in memory only while prompts are encoded. Other runs may
+    use the folder too, and remove files to make room for theirs: what is missing is encoded again.
     """
 
     def __init__(self, model: ModelRecipe, folder: str, device: torch.device):
-        self.family = family_of(model.path)
+        self.architecture = architecture_of(model.path)
+        self.family = self.architecture.family
         self.model = locate(model.path, tuple(f"{part}/*" for part in self.family.text_parts))
         self.text_length, self.dtype, self.device = model.text_length, model.torch_dtype, device
         self.folder = Path(folder).expanduser()
@@ -65,46 +80,66 @@ class PromptCache:
 
     def path(self, text: str) -> Path:
         """Return where the tensors of a text are kept."""
-        name = hashlib.sha256(f"{self.key}|{text}".encode()).hexdigest()
-        return self.folder / name[:2] / f"{name}.safetensors"
+        return cached_file(self.folder, hashlib.sha256(f"{FORMAT}|{self.key}|{text}".encode()).hexdigest())
+
+    def missing(self, texts: Iterable[str]) -> list[str]:
+        """Return the distinct texts that are not on disk; the files of the others count as used now."""
+        return [text for text in dict.fromkeys(texts) if not mark_used(self.path(text))]
 
     @torch.no_grad()
     def ensure(
         self,
-        texts: list[str],
-        batch: int = 16,
+        texts: Iterable[str],
         progress: Callable[[range], Iterable[int]] = iter,  # type: ignore[assignment]
     ) -> int:
-        """Encode the texts that are not on disk yet and return how many there were. `progress` wraps the batches."""
-        missing = [text for text in dict.fromkeys(texts) if not self.path(text).exists()]
+        """Encode the texts that are not on disk yet and return how many there were. `progress` wraps the batches.
+
+        Raises InputError where the text encoders cannot be loaded, or the folder cannot be written.
+        """
+        missing = self.missing(texts)
         if not missing:
             # Other processes may have something to encode, and `progress` may be where they wait for each other.
             return len(list(progress(range(0))))
         pipeline = load_text_pipeline(self.family, self.model, self.dtype, self.device)
-        for start in progress(range(0, len(missing), batch)):
-            batch_texts = missing[start : start + batch]
-            encoded = {
-                name: tensor.cpu()
-                for name, tensor in self.family.encode(pipeline, batch_texts, self.text_length).items()
-            }
-            for row, text in enumerate(batch_texts):
-                with staged(self.path(text)) as file:
-                    save_file({name: tensor[row].contiguous() for name, tensor in encoded.items()}, file)
+        for start in progress(range(0, len(missing), BATCH)):
+            batch = missing[start : start + BATCH]
+            # The last bit depends on the size of a batch. It is always the same, so that a text's tensors do not depend
+            # on which others are encoded, and by which process.
+            whole = self.family.encode(pipeline, batch + batch[-1:] * (BATCH - len(batch)), self.text_length)
+            encoded = {name: tensor.cpu() for name, tensor in self.family.kept(self.architecture, whole).items()}
+            for row, text in enumerate(batch):
+                self._write(text, {name: tensor[row].contiguous() for name, tensor in encoded.items()})
         del pipeline
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return len(missing)
 
+    def _write(self, text: str, tensors: dict[str, Tensor]) -> None:
+        try:
+            with staged(self.path(text)) as file:
+                save_file(tensors, file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"cannot write the prompt cache {self.folder}: {' '.join(str(error).split())}") from None
+
     def _read(self, text: str) -> dict[str, Tensor]:
         if text not in self._loaded:
-            self._loaded[text] = load_file(self.path(text))
+            try:
+                self._loaded[text] = load_file(self.path(text))
+            except FileNotFoundError:  # removed by another run this very moment
+                self.ensure([text])
+                self._loaded[text] = load_file(self.path(text))
             if len(self._loaded) > IN_MEMORY:
                 self._loaded.popitem(last=False)
         self._loaded.move_to_end(text)
         return self._loaded[text]
 
     def conditions(self, texts: list[str]) -> Conditions:
-        """Return the conditions of texts that have been encoded, in order, on the device."""
+        """Return the conditions of texts, in order, on the device.
+
+        They should have been encoded: texts that are not on disk are encoded here, which loads the text encoders.
+        """
+        self.ensure(text for text in texts if text not in self._loaded)
         items = [self._read(text) for text in texts]
-        return Conditions({name: torch.stack([item[name] for item in items]).to(self.device) for name in items[0]})
+        stacked = {name: torch.stack([item[name] for item in items]).to(self.device) for name in items[0]}
+        return Conditions(self.family.restored(stacked))

@@ -259,6 +259,14 @@ class Family(ABC):
     def encode(self, pipeline: Any, texts: list[str], text_length: int) -> dict[str, Tensor]:
         """Return named tensors (len(texts), ...) on the pipeline's device: what the network reads of the texts."""
 
+    def kept(self, architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what has to be stored of encoded prompts (batch, ...) so that `restored` returns all of it."""
+        return dict(tensors)
+
+    def restored(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of which `kept` has left something out, bit for bit."""
+        return dict(kept)
+
     # The network
 
     @abstractmethod

@@ -150,6 +150,18 @@ class StableDiffusion3(Family):
         )
         return {"tokens": tokens, "pooled": pooled}
 
+    def kept(self, architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # CLIP's tokens are padded with zeros to the width of T5's. The tokens of the padding are kept: no mask hides
+        # them from the network, and T5 and CLIP encode them differently for every text.
+        tokens, width = tensors["tokens"], sum(text["hidden_size"] for text in architecture.text_encoders[:2])
+        clip, t5 = tokens[:, : architecture.clip_tokens, :width], tokens[:, architecture.clip_tokens :]
+        return {"clip": clip, "t5": t5, "pooled": tensors["pooled"]}
+
+    def restored(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        clip, t5 = kept["clip"], kept["t5"]
+        clip = nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return {"tokens": torch.cat([clip, t5], dim=1), "pooled": kept["pooled"]}
+
     def blocks(self, network: Any) -> list[Any]:
         return list(network.transformer_blocks)
 

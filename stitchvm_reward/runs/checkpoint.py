@@ -141,6 +141,13 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def expected_epoch(folder: Path, resume: str) -> int:
+    """Return the epoch that a run will probably continue from, by the names of its checkpoints; see `choose`."""
+    names = [path.name for path in complete(folder)]
+    name = "" if resume == "never" else resume if resume in names else (names or [""])[-1]
+    return int(name[-6:] or 0)
+
+
 def choose(folder: Path, resume: str, warn) -> Path | None:
     """Return the checkpoint to continue from, or None for a fresh start.
 

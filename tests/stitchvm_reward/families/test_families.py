@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from miniature import wording
 from stitchvm_reward.diffusion.backbone import BackboneHead, load_backbone
 from stitchvm_reward.diffusion.generator import Generator
-from stitchvm_reward.diffusion.prompt_cache import PromptCache, load_text_pipeline
+from stitchvm_reward.diffusion.prompt_cache import PromptCache, bytes_per_prompt, load_text_pipeline
 from stitchvm_reward.diffusion.recipe import ModelRecipe
 from stitchvm_reward.diffusion.solvers import solve
 from stitchvm_reward.errors import InputError
@@ -67,6 +68,41 @@ def test_prompt_tensors_equal_those_of_the_pipeline(pipeline, conditions):
         )
     torch.testing.assert_close(conditions["tokens"], tokens, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(conditions["pooled"], pooled, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"])
+def test_what_is_kept_of_a_prompt_restores_all_of_it_and_takes_no_padding_of_the_width(model):
+    architecture = architecture_of(model)
+    family, length = architecture.family, architecture.family.text_length
+    whole = {
+        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(5)).bfloat16()
+        for name, tensor in family.stand_in(architecture, 2, length).tensors.items()
+    }
+    if family is SD3:
+        whole["tokens"][:, :77, 768 + 1280 :] = 0  # CLIP's two widths; the rest is T5's
+    kept = family.kept(architecture, whole)
+    restored = family.restored(kept)
+    assert restored.keys() == whole.keys() and all(torch.equal(restored[name], whole[name]) for name in whole)
+    stored = sum(tensor[0].numel() * tensor.itemsize for tensor in kept.values())
+    expected = 2 * ((77 * 2048 + 256 * 4096 + 2048) if family is SD3 else (512 * 4096 + 768))
+    assert stored == expected == bytes_per_prompt(ModelRecipe(model, "bfloat16", 512, length))
+
+
+def test_tensors_on_disk_are_those_that_the_plan_counts_and_do_not_depend_on_the_texts_beside_them(recipe, tmp_path):
+    first, second = (PromptCache(recipe, str(tmp_path / name), CPU) for name in "ab")
+    texts = [f"{prompt} {n}" for n in range(9) for prompt in PROMPTS]
+    assert first.ensure(texts) == len(texts)
+    assert second.ensure(texts[-1:]) == 1 and second.ensure(texts[::-1]) == len(texts) - 1
+    for text in texts:
+        assert first.path(text).read_bytes() == second.path(text).read_bytes()
+        kept = load_file(first.path(text))
+        assert sum(tensor.numel() * tensor.itemsize for tensor in kept.values()) == bytes_per_prompt(recipe)
+
+
+def test_prompts_of_a_model_in_half_precision_are_stored_in_it(folder, tmp_path):
+    cache = PromptCache(ModelRecipe(str(folder), "bfloat16", RESOLUTION, wording.LENGTH), str(tmp_path), CPU)
+    cache.ensure(PROMPTS)
+    assert {tensor.dtype for tensor in load_file(cache.path(PROMPTS[0])).values()} == {torch.bfloat16}
 
 
 @torch.no_grad()

@@ -35,10 +35,11 @@ def load_reward(reward: RewardRecipe, device: torch.device) -> Reward:
 
     A value model scores latents and is not loaded here; see `stitchvm_reward.steering.build.pixel_reward`.
     """
+    dtype = getattr(torch, reward.dtype)
     if reward.kind == "aesthetic":
-        return AestheticReward(reward.model, reward.head, device)
+        return AestheticReward(reward.model, reward.head, device, dtype)
     if reward.kind in TEXT_KINDS:
-        return ClipReward(reward.model, reward.kind, device)
+        return ClipReward(reward.model, reward.kind, device, dtype)
     if reward.custom:
         return load_custom(reward, device)
     raise ValueError(f"a reward of images must be of another kind than {reward.kind!r}")

@@ -57,11 +57,11 @@ def load_head(model: str) -> AestheticHead:
 
 
 class AestheticReward:
-    """The predicted aesthetic score, about 1 to 10; prompts are ignored."""
+    """The predicted aesthetic score, about 1 to 10; prompts are ignored. The CLIP model runs in `dtype`."""
 
-    def __init__(self, model: str, head: str, device: torch.device):
+    def __init__(self, model: str, head: str, device: torch.device, dtype: torch.dtype = torch.float32):
         self.head = load_head(head).to(device)
-        self.tower = ImageTower(model, "aesthetic", device)
+        self.tower = ImageTower(model, "aesthetic", device, dtype)
         width = self.head.layers[0].in_features
         if width != self.tower.clip.config.projection_dim:
             raise InputError(

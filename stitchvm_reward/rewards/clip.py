@@ -133,10 +133,13 @@ class TextTower:
 
 
 class ClipReward:
-    """Scores images against their texts; see `TextTower.score`. `kind` is one of TEXT_KINDS."""
+    """Scores images against their texts; see `TextTower.score`. `kind` is one of TEXT_KINDS.
 
-    def __init__(self, model: str, kind: str, device: torch.device):
-        self.tower = ImageTower(model, kind, device)
+    The model runs in `dtype`.
+    """
+
+    def __init__(self, model: str, kind: str, device: torch.device, dtype: torch.dtype = torch.float32):
+        self.tower = ImageTower(model, kind, device, dtype)
         self.texts = TextTower(self.tower.clip, self.tower.folder, kind)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards.clip import TEXT_KINDS
-from stitchvm_reward.runs.recipe import require
+from stitchvm_reward.runs.recipe import one_of, require
 
 KINDS = ("aesthetic", *TEXT_KINDS, "function")
 
@@ -29,6 +29,8 @@ class RewardRecipe:
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the class (package.module:Class). Its method score takes (images, prompts); `device` is passed if
     its constructor takes it."""
+    dtype: str = "float32"
+    """Number format of the CLIP model: float32 or bfloat16 (aesthetic, and kinds that compare with text)."""
     value_model: str = ""
     """Folder that launch/stitch.py wrote (value). Images are scored by the reward that it was stitched from."""
 
@@ -37,6 +39,9 @@ class RewardRecipe:
             raise InputError(
                 f"rewards.kind must be package.module:Class or one of {', '.join((*KINDS, 'value'))}, got {self.kind!r}"
             )
+        one_of("rewards.dtype", self.dtype, ("float32", "bfloat16"))
+        clip = self.kind in ("aesthetic", *TEXT_KINDS)
+        require(clip or self.dtype == "float32", f"a reward of kind {self.kind} has no dtype to choose", self.dtype)
         require(math.isfinite(self.weight), "rewards.weight must be finite", self.weight)
         if self.kind == "value":
             require(bool(self.value_model), "a reward of kind value needs value_model: a folder", self.value_model)

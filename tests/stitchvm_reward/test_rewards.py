@@ -5,13 +5,16 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
 from miniature import wording
+from miniature.images import write
 from stitchvm_reward import hub
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards import FunctionReward, RewardRecipe, check_finite, find_function, load_reward
@@ -377,3 +380,30 @@ def test_scores_that_are_not_finite_are_told_by_name():
     check_finite("clip", torch.tensor([0.1, -3.0]))
     with pytest.raises(InputError, match="reward clip gave 2 of 3"):
         check_finite("clip", torch.tensor([float("nan"), 0.5, float("-inf")]))
+
+
+@pytest.mark.slow
+def test_a_reward_in_bfloat16_ranks_images_as_in_float32_and_has_a_gradient(tmp_path):
+    write(256, tmp_path)
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(tmp_path.glob("*.png"))]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    scores = []
+    for dtype in ("float32", "bfloat16"):
+        recipe = RewardRecipe(model="miniature/weights/clip", head="miniature/weights/aesthetic", dtype=dtype)
+        reward = load_reward(recipe, CPU)
+        assert isinstance(reward, AestheticReward) and reward.tower.clip.dtype == getattr(torch, dtype)
+        with torch.no_grad():
+            scores.append(reward.score(images, []))
+    assert scores[1].dtype == torch.float32 and not torch.equal(*scores)
+    ranks = torch.stack([score.argsort().argsort().double() for score in scores])
+    assert torch.corrcoef(ranks)[0, 1] >= 0.999
+    given = images[:2].clone().requires_grad_()
+    reward.score(given, []).sum().backward()
+    assert given.grad is not None and given.grad.isfinite().all() and given.grad.any()
+
+
+def test_a_dtype_of_a_reward_that_has_none_is_refused():
+    with pytest.raises(InputError, match=r"rewards\.dtype must be one of float32, bfloat16"):
+        RewardRecipe(model="m", head="h", dtype="float16")
+    with pytest.raises(InputError, match="kind value has no dtype to choose"):
+        RewardRecipe(kind="value", value_model="folder", dtype="bfloat16")

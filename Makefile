@@ -6,7 +6,7 @@ export TRANSFORMERS_VERBOSITY ?= error
 export DIFFUSERS_VERBOSITY ?= error
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all check slurm clean
+.PHONY: demo test test-all check slurm gpu clean
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,11 @@ slurm:
 	@PATH="$$PATH:/usr/sbin:/sbin"; command -v slurmctld >/dev/null && command -v munged >/dev/null || { timeout 120 apt-get update && \
 		DEBIAN_FRONTEND=noninteractive timeout 180 apt-get install --yes --no-install-recommends slurm-wlm munge; \
 	} >/dev/null 2>&1 || echo "slurm-wlm and munge could not be installed: tests/slurm will be skipped"
+
+# Everything that only a GPU can prove, on one card and offline; on a CPU the same steps at the miniature's shapes. It uses
+# the packages of PYTHON's environment, where a GPU's torch usually is, and says what is missing there.
+gpu:
+	$(PYTHON) -m tests.gpu
 
 clean:
 	rm -rf .venv runs build *.egg-info

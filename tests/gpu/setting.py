@@ -99,8 +99,8 @@ class Setting:
             # Random weights say nothing of the reward: an audit runs, and stops nothing.
             given += [*STOPPED[2:], "audit.on_drift=warn"]
             given += [] if self.cuda else [STOPPED[1]]
-        if run.startswith("draft"):
-            given += ["train.levels_per_sample=1"] if self.cuda else ["train.old_schedule=0", "train.beta_kl=0.01"]
+        if run.startswith("draft") and not self.cuda:
+            given += ["train.old_schedule=0", "train.beta_kl=0.01"]
         return [*given, *more]
 
 

@@ -19,7 +19,7 @@ from nft.config import Recipe, load_recipe
 from nft.cost.plan import memory, recipe_geometry, work
 from nft.cost.shapes import costs
 from nft.models import load_generator, make_policy
-from nft.policy import ADAPTERS
+from nft.policy import ADAPTERS, Policy
 from nft.rollout import plan_rollout, roll_out
 from nft.trainer import Trainer
 from stitchvm_reward.diffusion.prompt_cache import PromptCache
@@ -51,13 +51,20 @@ def _strict(function):
     return inside
 
 
+@torch.no_grad()
+def _randomise(policy: Policy) -> None:
+    """Draw every adapter anew, each its own: fresh ones change nothing."""
+    for number, name in enumerate(ADAPTERS):
+        for index, tensor in enumerate(policy.tensors(name).values()):
+            draw = torch.Generator().manual_seed(1000 * number + index)
+            tensor.copy_(torch.randn(tensor.shape, generator=draw) * 0.05)
+
+
 def _rollout_and_gradient(recipe: Recipe, device: torch.device, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the latents of one micro batch and the adapters' gradient of a velocity there, both on the CPU."""
     generator = load_generator(recipe, device)
     policy = make_policy(recipe, generator)
-    with torch.no_grad():
-        for index, tensor in enumerate(policy.tensors("current").values()):
-            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index)) * 0.05)
+    _randomise(policy)
     policy.copy("current", "old")
     cache = PromptCache(recipe.model, str(folder), device)
     cache.ensure(["a red cross, white background", "a blue circle"])
@@ -202,6 +209,7 @@ def compiled(setting: Setting) -> Findings:
     recipe = load_recipe(setting.recipe("full"), setting.overrides("full", "unused"))
     generator = load_generator(recipe, setting.device)
     policy = make_policy(recipe, generator)
+    _randomise(policy)
     cache = PromptCache(recipe.model, recipe.prompts.cache, setting.device)
     cache.ensure(["a red cross"])
     batch = recipe.rollout.micro_batch

@@ -31,6 +31,8 @@ def _write_pipeline(setting: Setting) -> None:
     t5 = wording.t5_tokenizer()
     for tokenizer in clips:
         tokenizer.model_max_length = architecture.clip_tokens
+    if setting.cuda:
+        t5.model_max_length = family.text_length
     first, second, third = architecture.text_encoders
     words = {"num_hidden_layers": 1, "max_position_embeddings": architecture.clip_tokens}
 

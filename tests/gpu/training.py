@@ -111,10 +111,12 @@ def _watched(trainer: Trainer, found: Findings, run: str) -> None:
     learn, policy = trainer.objective.learn, trainer.learner.policy
 
     def watched(rollouts, epoch):
-        before = {name: {key: t.detach().clone() for key, t in policy.tensors(name).items()} for name in ADAPTERS}
+        # Copies on the CPU: the GPU's peak is compared with the plan.
+        before = {name: [t.detach().cpu().clone() for t in policy.tensors(name).values()] for name in ADAPTERS}
         learned = learn(rollouts, epoch)
         same = {
-            name: all(torch.equal(t, before[name][key]) for key, t in policy.tensors(name).items()) for name in ADAPTERS
+            name: all(torch.equal(t.detach().cpu(), old) for t, old in zip(policy.tensors(name).values(), before[name]))
+            for name in ADAPTERS
         }
         moved = same["old"] and not same["current"]
         found.check(f"{run}, epoch {epoch + 1}: the update moves current and not old", moved)

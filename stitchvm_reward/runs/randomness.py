@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 ROLLOUT, LEVELS, TRAINING, EVALUATION, PROMPTS, ADAPTERS, STOPS, AUDIT, SPLIT, ORDER, PROBE = range(11)
-STEERING, RESAMPLING, MONTE_CARLO = range(11, 14)
-REFERENCE = 16
+STEERING, RESAMPLING, MONTE_CARLO, GENERATION, CAPTIONS, REFERENCE = range(11, 17)
 
 
 def at(seed: int, *address: int) -> torch.Generator:

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
-import gc
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,56 +20,32 @@ from stitchvm_reward.diffusion.prompt_cache import PromptCache
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import architecture_of
 from stitchvm_reward.families.family import Conditions
-from stitchvm_reward.hub import is_hub_id, locate
 from stitchvm_reward.rewards.aesthetic import load_head
-from stitchvm_reward.rewards.clip import ImageTower, TextTower, require_folder
+from stitchvm_reward.rewards.clip import ImageTower, TextTower
 from stitchvm_reward.rewards.tail import RewardTail, vision_states
 from stitchvm_reward.runs import checkpoint, randomness
 from stitchvm_reward.runs.geometry import share
 from stitchvm_reward.runs.pictures import curves
 from stitchvm_reward.runs.rank_sync import RankSync, Stopped, mark_stopped
-from stitchvm_reward.runs.run_folder import check_run_folder, prepare_run_folder
+from stitchvm_reward.runs.run_folder import prepare_run_folder
 from stitchvm_reward.runs.tracking import Tracker
+from stitchvm_reward.stitching.check import check_stitch_recipe, needed_images
 from stitchvm_reward.stitching.config import StitchRecipe
 from stitchvm_reward.stitching.distill import Distiller
+from stitchvm_reward.stitching.generate import GeneratedImages
 from stitchvm_reward.stitching.images import find_images
 from stitchvm_reward.stitching.search import Probe, Search, backbone_features, heat_map, initial_weights, search
 from stitchvm_reward.stitching.teacher_cache import (
+    Images,
     TeacherCache,
     compute,
     open_teacher_cache,
     shard_count,
     teacher_folder,
 )
-from stitchvm_reward.stitching.value_model import FORMAT, StitchedValueModel, ValueNetwork, check_block, depth_of
+from stitchvm_reward.stitching.value_model import FORMAT, StitchedValueModel, ValueNetwork, depth_of
 
 PROMPT_CACHE = "prompts"
-
-
-def check_stitch_recipe(recipe: StitchRecipe) -> None:
-    """Check everything that needs no weights. Raises InputError."""
-    check_run_folder(recipe)
-    check_block(architecture_of(recipe.model.path), recipe.backbone.block)
-    require_folder(recipe.reward.model)
-    if not is_hub_id(recipe.reward.model):
-        config = locate(recipe.reward.model, ()) / "config.json"
-        try:
-            blocks = int(json.loads(config.read_text())["vision_config"]["num_hidden_layers"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{recipe.reward.model} is not a CLIP model folder: config.json has no vision_config"
-            ) from None
-        for name, value in (
-            ("search.last_reward_block", recipe.search.last_reward_block),
-            ("reward.block", recipe.reward.block or 1),
-        ):
-            if value > blocks:
-                raise InputError(f"{name} must be at most {blocks}, the reward model's number of blocks, got {value}")
-    if recipe.reward.head and not is_hub_id(recipe.reward.head) and not Path(recipe.reward.head).expanduser().exists():
-        raise InputError(f"aesthetic head not found: {recipe.reward.head}; give a file, a folder or a hub id")
-    folder = Path(recipe.data.images).expanduser()
-    if folder.exists() or not is_hub_id(recipe.data.images):
-        find_images(recipe.data.images, "", "", "", recipe.data.limit)
 
 
 class Builder:
@@ -83,7 +57,7 @@ class Builder:
         data, model = recipe.data, recipe.model
         self.architecture = architecture_of(model.path)
         self.latent_shape = self.architecture.latent_shape(model.resolution)
-        self.images = find_images(data.images, data.split, data.column, data.captions, data.limit)
+        self.images: Images = self._find_images()
         self.prompt_cache = PromptCache(model, str(Path(data.cache) / PROMPT_CACHE), self.device)
         self._encode([""], "encode the empty prompt")
         self.null = self.prompt_cache.conditions([""])
@@ -97,6 +71,20 @@ class Builder:
         self.order: list[int] = torch.randperm(len(self.targets), generator=split).tolist()
         blocks = recipe.backbone.block if recipe.backbone.block is not None else depth_of(self.architecture)
         self.head = load_backbone(model.path, blocks, model.torch_dtype, self.device, model.guidance)
+
+    def _find_images(self) -> Images:
+        """Return the images, after drawing those of data.generate that are missing, shared out over the processes."""
+        data = self.recipe.data
+        if not data.generate.images:
+            return find_images(data.images, data.split, data.column, data.captions, data.limit)
+        images = GeneratedImages(self.recipe, self.device)
+        missing = images.missing()
+        local = share(len(missing), self.accelerator.process_index, self.accelerator.num_processes)
+        shards = self._rounds(missing[local.start : local.stop], "draw images")
+        if missing:
+            with self.ranks.together():
+                images.draw(shards)
+        return images
 
     def _rounds(self, items: Sequence[int], phase: str) -> Iterator[int]:
         """Yield this process's items under a progress bar; after each, all processes meet and may stop."""
@@ -124,7 +112,12 @@ class Builder:
     def _compute_targets(self) -> tuple[dict[str, Any], TeacherCache]:
         """Compute this process's share of the missing targets and open all of them; the autoencoder is freed."""
         recipe, family = self.recipe, self.architecture.family
-        vae = load_vae(recipe.model.path, self.device)
+        images = self.images
+        vae = images.vae if isinstance(images, GeneratedImages) else load_vae(recipe.model.path, self.device)
+
+        def encode(indices: list[int], batch: Tensor) -> Tensor:
+            return images.latents(indices) if isinstance(images, GeneratedImages) else family.encode_images(vae, batch)
+
         latent_space = family.latent_space(vae)
         key = {
             "vae": latent_space,
@@ -141,13 +134,10 @@ class Builder:
             self._rounds(shards[local.start : local.stop], "latents and targets"),
             side=recipe.model.resolution,
             micro_batch=recipe.finetune.micro_batch,
-            encode=functools.partial(family.encode_images, vae),
+            encode=encode,
             tower=self.tower,
         )
-        del vae
-        gc.collect()
-        needed = recipe.data.held_out + max(recipe.finetune.batch, recipe.search.probe + recipe.search.held_out)
-        return latent_space, open_teacher_cache(folder, self.images, needed)
+        return latent_space, open_teacher_cache(folder, images, needed_images(recipe))
 
     def captions(self, order: list[int]) -> Callable[[list[int]], Conditions] | None:
         """Return a function from positions among the targets to the conditions of their captions.
@@ -188,6 +178,8 @@ class Builder:
                 reward.setdefault(j, []).append((states[0] if j == 1 else states[j - 1][:, 1:]).float().cpu())
                 if j > 1:
                     classes.setdefault(j, []).append(states[j - 1][:, 0].float().cpu())
+        if isinstance(self.images, GeneratedImages):
+            self.images.free()
         return Probe(*({key: torch.cat(parts) for key, parts in part.items()} for part in (backbone, reward, classes)))
 
     def _noisy(self, indices: list[int], rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -249,9 +241,14 @@ class Builder:
             "resolution": recipe.model.resolution,
             "latent_shape": list(self.latent_shape),
             "dtype": "float16",
-            "training": {"images": recipe.data.images, "count": len(self.targets), "seed": recipe.seed}
+            "training": {"images": self._source(), "count": len(self.targets), "seed": recipe.seed}
             | dataclasses.asdict(recipe.finetune),
         }
+
+    def _source(self) -> str | dict[str, Any]:
+        """Return where the images are from: a folder, a data set, or how the model drew them."""
+        drawn = isinstance(self.images, GeneratedImages)
+        return dataclasses.asdict(self.recipe.data.generate) if drawn else self.recipe.data.images
 
 
 def _digest(tower: ImageTower) -> str:

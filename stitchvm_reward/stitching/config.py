@@ -46,9 +46,42 @@ class RewardModelRecipe:
 
 
 @dataclass
+class GenerateRecipe:
+    images: int = 0
+    """Number of images that the model draws; 0: none, they are those of data.images. They are kept as clean latents in
+    data.cache and drawn once for all rewards; a larger number later adds to them."""
+    prompts: str = ""
+    """Prompts, each used once before any is used again: a .txt, .json, .jsonl, .csv or .parquet file, or a data set on
+    the hub. The training prompts are the natural choice."""
+    column: str = "text"
+    """Column of the prompts, where the file has columns."""
+    split: str = "train"
+    """Split of a data set on the hub."""
+    guidance: float | None = None
+    """Guidance scale: of classifier-free guidance, where 1 is without, or the one that a guidance-distilled model is
+    given. null: what the model's family is published with, or model.guidance."""
+    steps: int = 28
+    """Euler steps."""
+    micro_batch: int = 8
+    """Images that a device draws at once."""
+
+    def __post_init__(self):
+        at_least("data.generate.images", self.images, 0)
+        at_least("data.generate.steps", self.steps, 1)
+        at_least("data.generate.micro_batch", self.micro_batch, 1)
+        scale = self.guidance
+        require(scale is None or 1 <= scale < 100, "data.generate.guidance must be from 1 to 100, or null", scale)
+        require(
+            not self.images or bool(self.prompts), "data.generate needs prompts: a file or a data set", self.prompts
+        )
+
+
+@dataclass
 class DataRecipe:
-    images: str = MISSING
+    images: str = ""
     """Folder of images, searched with its subfolders, or a hub data set owner/name. Labels are not read."""
+    generate: GenerateRecipe = field(default_factory=GenerateRecipe)
+    """Images that the model draws itself, in place of data.images."""
     split: str = "train"
     """Split of a hub data set."""
     column: str = "image"
@@ -57,11 +90,11 @@ class DataRecipe:
     """Column of a hub data set that holds the caption. In a folder, NAME.txt beside NAME.png holds it. Captions are
     read only if backbone.conditioning is prompt."""
     limit: int = 0
-    """Number of images to use, the first ones; 0: all."""
+    """Number of images of data.images to use, the first ones; 0: all."""
     held_out: int = 500
     """Images that are excluded from all fitting and used for the curves."""
     cache: str = "~/.cache/stitch-nft/targets"
-    """Folder that keeps clean latents and reward targets between runs."""
+    """Folder that keeps clean latents and reward targets between runs. Processes on several machines must share it."""
 
     def __post_init__(self):
         at_least("data.limit", self.limit, 0)
@@ -178,6 +211,13 @@ def load_stitch_recipe(path: str | Path, overrides: list[str] | None = None) -> 
         bool(recipe.reward.head) == needs_head,
         "reward.head must name a file, folder or hub id for kind aesthetic, and nothing for another kind",
         recipe.reward.head,
+    )
+    data = recipe.data
+    require(
+        bool(data.images) != bool(data.generate.images),
+        "the images come either from data.images, a folder or data set, or from the model, which draws "
+        "data.generate.images of them: set the one and clear the other (data.generate.images=0, or data.images='')",
+        f"{data.images!r} and {data.generate.images}",
     )
     check_trackers(recipe.tracking)
     return recipe

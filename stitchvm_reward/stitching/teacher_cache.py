@@ -13,10 +13,12 @@ from torch import Tensor
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.files import staged
 from stitchvm_reward.rewards.clip import ImageTower
+from stitchvm_reward.stitching.generate import GeneratedImages
 from stitchvm_reward.stitching.images import ImageSet
 
 SHARD = 256
 NAMES = ("latents", "embedding", "states")
+Images = ImageSet | GeneratedImages
 
 
 class TeacherCache:
@@ -53,13 +55,13 @@ class TeacherCache:
         return self._opened[number].get_slice(name)[place]
 
 
-def teacher_folder(cache: str, images: ImageSet, identity: dict) -> Path:
+def teacher_folder(cache: str, images: Images, identity: dict) -> Path:
     """Return the folder of the targets of these images; `identity` describes autoencoder, reward and image size."""
     text = json.dumps({"images": images.key} | identity, sort_keys=True)
     return Path(cache).expanduser() / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def shard_count(images: ImageSet) -> int:
+def shard_count(images: Images) -> int:
     """Return the number of shards that the targets of these images fill."""
     return -(-len(images) // SHARD)
 
@@ -67,32 +69,36 @@ def shard_count(images: ImageSet) -> int:
 @torch.no_grad()
 def compute(
     folder: Path,
-    images: ImageSet,
+    images: Images,
     shards: Iterable[int],
     *,
     side: int,
     micro_batch: int,
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[list[int], Tensor], Tensor],
     tower: ImageTower,
 ) -> None:
     """Write those of `shards` that are missing; each holds SHARD images of the set and is written whole or not at all.
 
-    `encode` returns the clean latents of images (batch, 3, side, side).
+    `encode(indices, images)` returns the clean latents of some images of the set, (batch, 3, side, side).
     """
     for number in shards:
         path = folder / f"shard-{number:06d}.safetensors"
         if path.exists():
             continue
         indices = range(number * SHARD, min((number + 1) * SHARD, len(images)))
-        loaded = {index: images.load(index, side) for index in indices}
-        good = [index for index, image in loaded.items() if image is not None]
-        broken = [images.names[index] for index, image in loaded.items() if image is None]
+        good: list[int] = []
         parts: dict[str, list[Tensor]] = {name: [] for name in NAMES}
-        for start in range(0, len(good), micro_batch):
-            batch = torch.stack([image for i in good[start : start + micro_batch] if (image := loaded[i]) is not None])
+        for start in range(0, len(indices), micro_batch):
+            loaded = {index: images.load(index, side) for index in indices[start : start + micro_batch]}
+            readable = {index: image for index, image in loaded.items() if image is not None}
+            if not readable:
+                continue
+            batch = torch.stack(list(readable.values()))
             states, embedding = tower.states_and_embedding(batch)
-            for name, value in zip(NAMES, (encode(batch), embedding, states)):
+            for name, value in zip(NAMES, (encode(list(readable), batch), embedding, states), strict=True):
                 parts[name].append(value.cpu())
+            good += readable
+        broken = [images.names[index] for index in sorted(set(indices) - set(good))]
         tensors = {name: torch.cat(values).contiguous() for name, values in parts.items() if values}
         # Half precision stores states and latents to one part in 2,000. Embeddings are small and stay float32.
         tensors = {name: t if name == "embedding" else t.half() for name, t in tensors.items()}
@@ -101,7 +107,7 @@ def compute(
             save_file(tensors, file, metadata={"broken": json.dumps(broken)})
 
 
-def open_teacher_cache(folder: Path, images: ImageSet, needed: int) -> TeacherCache:
+def open_teacher_cache(folder: Path, images: Images, needed: int) -> TeacherCache:
     """Open the finished targets. Raises InputError if fewer than `needed` images are readable."""
     targets = TeacherCache(folder)
     if len(targets) < needed:

@@ -33,7 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.dry_run:
         from nft.cost.micro_batch import print_plan
+        from nft.value_models import build_plan
 
+        for line in build_plan(recipe):
+            print(line)
         print_plan(recipe, arguments.processes or 1)
         return 0
     if arguments.processes is not None:
@@ -64,12 +67,12 @@ def train(recipe) -> None:
     try:
         with watchdog(ranks.timings, recipe.timeout, accelerator.process_index):
             finished = Trainer(recipe, accelerator, ranks).train()
-    except Stopped:
+    except Stopped as stopped:
         finished = False
         if accelerator.is_main_process:
-            message = "stopped by a signal before the first epoch"
+            message = str(stopped) or "stopped by a signal before the first epoch"
             mark_stopped(message)
-            print(f"{message}; prompts that were encoded are kept, run again to continue")
+            print(f"{message}; what was encoded or built is kept, run again to continue")
     if finished and accelerator.is_main_process:
         print(f"done: {recipe.out}/before_after.png, curves.png, lora.safetensors, metrics.jsonl")
     shutdown(accelerator)

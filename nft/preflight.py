@@ -9,6 +9,7 @@ from nft.config import Recipe
 from nft.export.lora import read_lora
 from nft.objectives import objective_class
 from nft.prompts import check_prompts
+from nft.value_models import to_build
 from stitchvm_reward.diffusion.generator import chosen_guidance
 from stitchvm_reward.diffusion.recipe import ModelRecipe
 from stitchvm_reward.errors import InputError
@@ -16,8 +17,10 @@ from stitchvm_reward.families import architecture_of, family_of
 from stitchvm_reward.hub import is_hub_id, locate
 from stitchvm_reward.rewards.clip import require_folder
 from stitchvm_reward.rewards.custom import check_custom, find_function
+from stitchvm_reward.rewards.recipe import RewardRecipe
 from stitchvm_reward.runs.run_folder import check_run_folder
 from stitchvm_reward.runs.tracking import check_trackers
+from stitchvm_reward.stitching.check import check_stitch_recipe
 from stitchvm_reward.stitching.value_model import read_config
 
 
@@ -31,23 +34,26 @@ def _check_model(model: str, parts: tuple[str, ...]) -> None:
             raise InputError(f"{folder} lacks {part}; a model folder must have {', '.join(parts)}")
 
 
-def check_value_model(folder: str, model: ModelRecipe) -> None:
-    """Raise InputError for a value model that is missing, with its build command, or made for another model."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        command = f"accelerate launch launch/stitch.py {builder_of(path) or 'RECIPE'}"
-        raise InputError(f"value model not found: {folder}; build it with: {command}")
-    config = read_config(path)
-    if config["resolution"] != model.resolution:
+def check_value_model(reward: RewardRecipe, model: ModelRecipe) -> None:
+    """Raise InputError for a value model that is made for another model, or that is missing and cannot be built."""
+    stitch = to_build(reward)
+    if stitch is None:
+        config = read_config(Path(reward.value_model).expanduser())
+        resolution, backbone = config["resolution"], config["backbone"]
+        conditioning, length = backbone["conditioning"], backbone["text_length"]
+    else:
+        check_stitch_recipe(stitch)
+        resolution, conditioning = stitch.model.resolution, stitch.backbone.conditioning
+        length = stitch.model.text_length
+    name = reward.stitch if stitch else reward.value_model
+    if resolution != model.resolution:
         raise InputError(
-            f"{folder} is for {config['resolution']} px, model.resolution is {model.resolution}: "
-            "stitch a value model for this size"
+            f"{name} is for {resolution} px, model.resolution is {model.resolution}: stitch a value model for this size"
         )
-    backbone = config["backbone"]
-    if backbone["conditioning"] == "prompt" and backbone["text_length"] != model.text_length:
+    if conditioning == "prompt" and length != model.text_length:
         raise InputError(
-            f"{folder} reads prompts of {backbone['text_length']} tokens, model.text_length is {model.text_length}: "
-            "set the one to the other"
+            f"{name} reads prompts of {length} tokens, model.text_length is {model.text_length}: set the one to the "
+            "other"
         )
 
 
@@ -93,7 +99,7 @@ def check_inputs(recipe: Recipe) -> None:
             check_custom(reward)
             continue
         if reward.kind == "value":
-            check_value_model(reward.value_model, recipe.model)
+            check_value_model(reward, recipe.model)
             continue
         require_folder(reward.model)
         _check_model(reward.model, ("config.json",))

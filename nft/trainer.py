@@ -23,6 +23,7 @@ from nft.rollout import stand_in
 from nft.scoring import RolloutScorer, Scorer
 from nft.sharded import load_sharded
 from nft.untrained import UntrainedLatents
+from nft.value_models import build_missing
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs import checkpoint
 from stitchvm_reward.runs.pictures import before_after, curves
@@ -37,9 +38,10 @@ class Trainer:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, ranks: RankSync | None = None):
         self.recipe, self.ranks = recipe, ranks or RankSync(accelerator)
         self.main, self.timings = accelerator.is_main_process, self.ranks.timings
+        prompts, held_out = check_prompts(recipe)
+        build_missing(recipe, self.ranks, tqdm.write)
         fitted = fit_devices(recipe, self.ranks)
         rollout, train, seed = fitted.rollout, fitted.train, recipe.seed
-        prompts, held_out = check_prompts(recipe)
         scorer = Scorer(recipe.rewards, recipe.evaluation.metrics, accelerator.device)
         self.folder = Path(recipe.out).expanduser()
         first = checkpoint.expected_epoch(self.folder / "checkpoints", recipe.checkpoint.resume)

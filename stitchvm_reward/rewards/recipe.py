@@ -33,6 +33,8 @@ class RewardRecipe:
     """Number format of the CLIP model: float32 or bfloat16 (aesthetic, and kinds that compare with text)."""
     value_model: str = ""
     """Folder that launch/stitch.py wrote (value). Images are scored by the reward that it was stitched from."""
+    stitch: str = ""
+    """Recipe of launch/stitch.py that builds value_model (value). Training builds a missing value model by it first."""
 
     def __post_init__(self):
         if self.kind not in (*KINDS, "value") and ":" not in self.kind:
@@ -51,6 +53,7 @@ class RewardRecipe:
             require(bool(self.model), f"a reward of kind {self.kind} needs model: a CLIP folder or hub id", self.model)
         if self.kind == "aesthetic":
             require(bool(self.head), "a reward of kind aesthetic needs head: a file, folder or hub id", self.head)
+        require(self.kind == "value" or not self.stitch, "only a reward of kind value has stitch", self.stitch)
         require(
             bool(self.custom) or not self.options,
             "only a reward of kind package.module:Class has options",

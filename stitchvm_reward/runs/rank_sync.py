@@ -143,6 +143,13 @@ class RankSync:
         with self.timings.meeting():
             return self.accelerator.reduce(whole, "sum")
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place, and return it."""
+        if self.accelerator.num_processes > 1:
+            with self.timings.meeting():
+                torch.distributed.all_reduce(tensor)
+        return tensor
+
     def rounds(self, items: Iterable[Item]) -> Iterator[Item | None]:
         """Yield the items, and then None for as long as another process still has items.
 

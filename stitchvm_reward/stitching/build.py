@@ -34,7 +34,7 @@ from stitchvm_reward.stitching.config import StitchRecipe
 from stitchvm_reward.stitching.distill import Distiller
 from stitchvm_reward.stitching.generate import GeneratedImages
 from stitchvm_reward.stitching.images import find_images
-from stitchvm_reward.stitching.search import Probe, Search, backbone_features, heat_map, initial_weights, search
+from stitchvm_reward.stitching.search import Moments, Search, backbone_features, heat_map, initial_weights, search
 from stitchvm_reward.stitching.teacher_cache import (
     Images,
     TeacherCache,
@@ -46,6 +46,7 @@ from stitchvm_reward.stitching.teacher_cache import (
 from stitchvm_reward.stitching.value_model import FORMAT, StitchedValueModel, ValueNetwork, depth_of
 
 PROMPT_CACHE = "prompts"
+Captions = Callable[[list[int]], Conditions]
 
 
 class Builder:
@@ -103,10 +104,12 @@ class Builder:
                         yield item
 
     def _encode(self, texts: Iterable[str], phase: str) -> None:
-        """Encode the texts that are not on disk yet, on the main process."""
+        """Encode the texts that are not on disk yet, shared out over the processes."""
+        distinct, ranks = list(dict.fromkeys(texts)), self.ranks.accelerator
+        local = share(len(distinct), ranks.process_index, ranks.num_processes)
         with self.ranks.together():
             self.prompt_cache.ensure(
-                list(texts) if self.main else [], progress=lambda batches: self._rounds(batches, phase)
+                distinct[local.start : local.stop], progress=lambda batches: self._rounds(batches, phase)
             )
 
     def _compute_targets(self) -> tuple[dict[str, Any], TeacherCache]:
@@ -139,7 +142,7 @@ class Builder:
         )
         return latent_space, open_teacher_cache(folder, images, needed_images(recipe))
 
-    def captions(self, order: list[int]) -> Callable[[list[int]], Conditions] | None:
+    def captions(self, order: list[int]) -> Captions | None:
         """Return a function from positions among the targets to the conditions of their captions.
 
         Return None if the backbone reads the empty prompt.
@@ -151,36 +154,40 @@ class Builder:
         return lambda indices: self.prompt_cache.conditions([texts[index] for index in indices])
 
     @torch.no_grad()
-    def probe(self, blocks: list[int], reward_blocks: list[int]) -> Probe:
-        """Return features of the probe images from one forward pass of each model.
+    def probe(self, blocks: list[int], reward_blocks: list[int]) -> tuple[Moments, Moments]:
+        """Return the sums over the search's images, those to fit and those to compare on, from all processes.
 
-        Each image has its own noise and its own level t ~ U[0, 1].
+        Each image passes each model once, on one process, with its own noise and its own level t ~ U[0, 1].
         """
-        recipe, size, clip = self.recipe, self.recipe.finetune.micro_batch, self.tower.clip
-        count = recipe.search.probe + recipe.search.held_out
-        chosen = self.order[recipe.data.held_out :][:count]
+        recipe, size, vision = self.recipe, self.recipe.finetune.micro_batch, self.tower.clip.config.vision_config
+        grid = vision.image_size // vision.patch_size
+        chosen = self.order[recipe.data.held_out :][: recipe.search.probe + recipe.search.held_out]
         conditions = self.captions(chosen)
-        backbone: dict[int, list[Tensor]] = {}
-        reward: dict[int, list[Tensor]] = {}
-        classes: dict[int, list[Tensor]] = {}
-        grid = clip.config.vision_config.image_size // clip.config.vision_config.patch_size
-        for begin in self._rounds(range(0, len(chosen), size), "search: features"):
-            indices = chosen[begin : begin + size]
-            rows = [self.targets.rows[index] for index in indices]
-            noisy, sigma = self._noisy(indices, rows)
-            selected = self.null.expand(len(indices)) if conditions is None else conditions(indices)
-            features = backbone_features(self.head, noisy, sigma, selected, blocks=blocks, side=grid)
-            for i, feature in features.items():
-                backbone.setdefault(i, []).append(feature)
-            images = torch.stack([self._image(row) for row in rows])
-            states = vision_states(clip, self.tower.pixels(images), max(reward_blocks) - 1)
-            for j in reward_blocks:
-                reward.setdefault(j, []).append((states[0] if j == 1 else states[j - 1][:, 1:]).float().cpu())
-                if j > 1:
-                    classes.setdefault(j, []).append(states[j - 1][:, 0].float().cpu())
+        widths = {i: self.head.width(i, self.latent_shape[0]) for i in blocks}
+        targets = dict.fromkeys(reward_blocks, vision.hidden_size)
+        parts = [Moments(widths, targets, grid**2, self.device) for _ in range(2)]
+        images = chosen[: recipe.search.probe], chosen[recipe.search.probe :]
+        batches = [(n, part[k : k + size]) for n, part in enumerate(images) for k in range(0, len(part), size)]
+        local = share(len(batches), self.accelerator.process_index, self.accelerator.num_processes)
+        for place in self._rounds(local, "search: features"):
+            number, indices = batches[place]
+            self._add(parts[number], indices, conditions, grid)
+        for tensor in (tensor for part in parts for tensor in part.tensors()):
+            self.ranks.total(tensor)
         if isinstance(self.images, GeneratedImages):
             self.images.free()
-        return Probe(*({key: torch.cat(parts) for key, parts in part.items()} for part in (backbone, reward, classes)))
+        return parts[0], parts[1]
+
+    def _add(self, moments: Moments, indices: list[int], conditions: Captions | None, grid: int) -> None:
+        """Add some images to the sums."""
+        rows, reward_blocks = [self.targets.rows[index] for index in indices], list(moments.target_widths)
+        noisy, sigma = self._noisy(indices, rows)
+        selected = self.null.expand(len(indices)) if conditions is None else conditions(indices)
+        features = backbone_features(self.head, noisy, sigma, selected, blocks=list(moments.widths), side=grid)
+        pixels = self.tower.pixels(torch.stack([self._image(row) for row in rows]))
+        states = vision_states(self.tower.clip, pixels, max(reward_blocks) - 1)
+        reward = {j: states[0] if j == 1 else states[j - 1][:, 1:] for j in reward_blocks}
+        moments.add(features, reward, {j: states[j - 1][:, 0] for j in reward_blocks if j > 1})
 
     def _noisy(self, indices: list[int], rows: list[int]) -> tuple[Tensor, Tensor]:
         """Return noisy latents of some targets and their levels; `rows` address the randomness."""
@@ -196,7 +203,7 @@ class Builder:
             raise InputError(f"{self.images.names[row]} could be read before and cannot be read now")
         return image
 
-    def model(self, probe: Probe, block: int, reward_block: int) -> StitchedValueModel:
+    def model(self, probe: Moments, block: int, reward_block: int) -> StitchedValueModel:
         """Return the stitched model of a pair of blocks as the search initialises it, before finetuning."""
         recipe = self.recipe
         with torch.random.fork_rng(devices=[]):
@@ -259,30 +266,45 @@ def _digest(tower: ImageTower) -> str:
     return digest.hexdigest()
 
 
-def run_search(builder: Builder, folder: Path | None) -> tuple[Probe, Search]:
-    """Run stage 1 over all blocks; write search.json and search.png where `folder` is given."""
-    recipe = builder.recipe
+def run_search(builder: Builder, folder: Path | None) -> tuple[Moments, Search]:
+    """Run stage 1 over all blocks; write search.json and search.png where `folder` is given.
+
+    Returns the sums over all images of the search too, for the initial weights.
+    """
+    recipe, ranks = builder.recipe, builder.ranks
     blocks = list(range(builder.head.blocks + 1))
     if recipe.backbone.block is not None:
         blocks = [recipe.backbone.block]
-    probe = builder.probe(blocks, list(range(1, recipe.search.last_reward_block + 1)))
-    result = search(probe, recipe.search.probe)
+    fitted, held_out = builder.probe(blocks, list(range(1, recipe.search.last_reward_block + 1)))
+    with ranks.timings.phase("search: fits"):
+        mine = share(len(blocks), ranks.accelerator.process_index, ranks.accelerator.num_processes)
+        result = search(fitted, held_out, blocks[mine.start : mine.stop], ranks.total)
     if folder is not None:
         (folder / "search.json").write_text(json.dumps(result.table(), indent=1) + "\n")
         heat_map(result, folder / "search.png")
-    return probe, result
+    return fitted.plus(held_out), result
 
 
 def build(
     recipe: StitchRecipe, accelerator: Accelerator, only_search: bool = False, ranks: RankSync | None = None
 ) -> Path | None:
-    """Search, finetune and save; return the folder of the value model, or of the search alone.
+    """As `build_value_model`, but return None after a signal to any process, with one line that says so."""
+    try:
+        return build_value_model(recipe, ranks or RankSync(accelerator), only_search)
+    except Stopped as stopped:
+        if accelerator.is_main_process:
+            mark_stopped(str(stopped))
+            tqdm.write(f"{stopped}; run the same command again to continue")
+        return None
 
-    Return None after a signal to any process, with one line that says so. The next run with the same recipe then
-    continues bit for bit.
+
+def build_value_model(recipe: StitchRecipe, ranks: RankSync, only_search: bool = False) -> Path:
+    """Draw images where the recipe says so, search, finetune and save.
+
+    Returns the folder of the value model, or of the search alone. Raises Stopped after a signal to any process, with a
+    message. The next run with the same recipe then continues bit for bit, as it does after a crash.
     """
     check_stitch_recipe(recipe)
-    ranks = ranks or RankSync(accelerator)
     try:
         builder = Builder(recipe, ranks)
         claim = None
@@ -292,11 +314,7 @@ def build(
         with claim or contextlib.nullcontext():
             return _search_and_finetune(builder, only_search)
     except Stopped as stopped:
-        if accelerator.is_main_process:
-            message = f"stopped by a signal {stopped}" if str(stopped) else "stopped by a signal before finetuning"
-            mark_stopped(message)
-            tqdm.write(f"{message}; run the same command again to continue")
-        return None
+        raise Stopped(f"stopped by a signal {str(stopped) or 'before finetuning'}") from None
 
 
 def _search_and_finetune(builder: Builder, only_search: bool) -> Path:
@@ -346,5 +364,6 @@ def _search_text(result: Search, block: int, reward_block: int) -> str:
     for row, i in enumerate(result.blocks):
         name = "latent" if i == 0 else str(i)
         lines.append(f"{name:>10}" + "".join(f"{float(value):>10.4g}" for value in result.held_out[row]))
+    lines += result.dependent()
     lines.append(f"chosen: backbone block {block}, reward block {reward_block}")
     return "\n".join(lines)

@@ -57,9 +57,9 @@ class GenerateRecipe:
     """Column of the prompts, where the file has columns."""
     split: str = "train"
     """Split of a data set on the hub."""
-    guidance: float | None = None
-    """Guidance scale: of classifier-free guidance, where 1 is without, or the one that a guidance-distilled model is
-    given. null: what the model's family is published with, or model.guidance."""
+    guidance: list[float] = field(default_factory=list)
+    """Guidance scales, each for an equal share of the images: of classifier-free guidance, where 1 is without, or those
+    that a guidance-distilled model is given. Empty: what the model's family is published with, or model.guidance."""
     steps: int = 28
     """Euler steps."""
     micro_batch: int = 8
@@ -69,8 +69,8 @@ class GenerateRecipe:
         at_least("data.generate.images", self.images, 0)
         at_least("data.generate.steps", self.steps, 1)
         at_least("data.generate.micro_batch", self.micro_batch, 1)
-        scale = self.guidance
-        require(scale is None or 1 <= scale < 100, "data.generate.guidance must be from 1 to 100, or null", scale)
+        for scale in self.guidance:
+            require(1 <= scale < 100, "data.generate.guidance must lie from 1 to 100", scale)
         require(
             not self.images or bool(self.prompts), "data.generate needs prompts: a file or a data set", self.prompts
         )

@@ -4,7 +4,6 @@ import gc
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,14 @@ def check_generation(recipe: StitchRecipe) -> None:
     chosen_guidance(architecture.family, architecture.transformer, recipe.model.guidance, recipe.model.path)
 
 
+def guidance_of(recipe: StitchRecipe) -> tuple[list[float], bool]:
+    """Return the guidance scales of drawn images, and whether the model reads them as an input. Raises InputError."""
+    architecture = architecture_of(recipe.model.path)
+    family, distilled = architecture.family, architecture.family.embeds_guidance(architecture.transformer)
+    own = recipe.model.guidance if distilled else None
+    return recipe.data.generate.guidance or [family.steering_guidance if own is None else own], distilled
+
+
 class GeneratedImages:
     """The images of `data.generate`, with the interface of an `ImageSet`; `draw` makes those that are missing.
 
@@ -65,12 +72,8 @@ class GeneratedImages:
         self.settings, self.seed, self.device = recipe.data.generate, recipe.seed, device
         architecture = architecture_of(recipe.model.path)
         self.family, self.latent_shape = architecture.family, architecture.latent_shape(recipe.model.resolution)
-        self.distilled = self.family.embeds_guidance(architecture.transformer)
-        own = recipe.model.guidance if self.distilled else None
-        self.guidance = next(
-            scale for scale in (self.settings.guidance, own, self.family.steering_guidance) if scale is not None
-        )
-        self.model = replace(recipe.model, guidance=self.guidance) if self.distilled else recipe.model
+        self.guidance, self.distilled = guidance_of(recipe)
+        self.model = recipe.model
         texts = read_prompts(self.settings.prompts, self.settings.column, self.settings.split)
         whole = -(-self.settings.images // SHARD) * SHARD
         self.prompts = shuffled_prompts(texts, whole, recipe.seed)
@@ -135,19 +138,22 @@ class GeneratedImages:
         Text encoders and transformer are in memory together meanwhile: every prompt is encoded once, and nothing of
         it is kept. Raises InputError where a latent is not finite.
         """
-        places = tuple(f"{part}/*" for part in self.family.text_parts)
-        pipeline = load_text_pipeline(self.family, locate(self.model.path, places), self.model.torch_dtype, self.device)
-        generator = Generator.load(self.model, self.device)
-        empty = None if self.distilled or self.guidance == 1 else self._encode(pipeline, [""])
+        family, model = self.family, self.model
+        folder = locate(model.path, tuple(f"{part}/*" for part in family.text_parts))
+        pipeline = load_text_pipeline(family, folder, model.torch_dtype, self.device)
+        generator = Generator.load(model, self.device)
         for shard in shards:
-            rows, size = range(shard * SHARD, (shard + 1) * SHARD), self.settings.micro_batch
+            scale, size = self.guidance[shard % len(self.guidance)], self.settings.micro_batch
+            if self.distilled:
+                generator.guidance = scale
+            rows = range(shard * SHARD, (shard + 1) * SHARD)
             parts = [
-                self._draw(generator, pipeline, empty, list(rows[start : start + size]))
+                self._draw(generator, pipeline, scale, list(rows[start : start + size]))
                 for start in range(0, SHARD, size)
             ]
             latents = torch.cat(parts)
             if not torch.isfinite(latents).all():
-                raise InputError(f"{self.model.path} draws latents that are not finite in {self.model.dtype}")
+                raise InputError(f"{model.path} draws latents that are not finite in {model.dtype}")
             with staged(self.path(shard)) as file:
                 save_file({"latents": latents.half().contiguous().cpu()}, file)
         del pipeline, generator
@@ -155,20 +161,19 @@ class GeneratedImages:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _encode(self, pipeline: Any, texts: list[str]) -> Conditions:
-        return Conditions(self.family.encode(pipeline, texts, self.model.text_length))
-
-    def _draw(self, generator: Generator, pipeline: Any, empty: Conditions | None, rows: list[int]) -> Tensor:
+    def _draw(self, generator: Generator, pipeline: Any, scale: float, rows: list[int]) -> Tensor:
         """Return the clean latents of some images, each from its own noise."""
-        prompts = [self.prompts[row] for row in rows]
+        prompts, guided = [self.prompts[row] for row in rows], scale > 1 and not self.distilled
+        tensors = self.family.encode(pipeline, [*prompts, ""] if guided else prompts, self.model.text_length)
+        whole, places = Conditions(tensors), torch.arange(len(rows) + guided, device=self.device)
         denoiser = Denoiser(
             generator=generator,
             prompts=prompts,
             numbers=rows,
-            conditions=self._encode(pipeline, prompts),
-            negative=empty,
+            conditions=whole.select(places[: len(rows)]),
+            negative=whole.select(places[len(rows) :]) if guided else None,
             null_text=False,
-            guidance=self.guidance,
+            guidance=scale,
             steps=self.settings.steps,
             stochasticity=0.0,
             micro_batch=len(rows),

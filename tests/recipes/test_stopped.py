@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nft.config import ModelRecipe, load_recipe
-from nft.preflight import check_recipe, check_value_model
+from nft.config import load_recipe
+from nft.preflight import check_recipe
 from stitchvm_reward.errors import InputError
 
 RECIPE = "recipes/shapes/aesthetic.yaml"
@@ -67,16 +67,6 @@ def test_a_stopped_run_resumes_bit_for_bit(train, tmp_path, stopped, digests, ro
 def test_drift_stops_the_run_with_one_line(train, tmp_path, stopped):
     with pytest.raises(InputError, match=r"audit in epoch 1: .*the run stops here \(audit.on_drift\)"):
         train(tmp_path / "run", *stopped(), "audit.least_spearman=1", "audit.on_drift=stop", "epochs=2")
-
-
-def test_a_missing_value_model_is_answered_with_the_command_that_builds_it(tmp_path, monkeypatch):
-    (tmp_path / "recipes/stitch").mkdir(parents=True)
-    (tmp_path / "recipes/stitch/mine.yaml").write_text("base: shapes.yaml\nout: runs/stitch/mine\n")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        InputError, match=r"build it with: accelerate launch launch/stitch\.py recipes/stitch/mine\.yaml"
-    ):
-        check_value_model("runs/stitch/mine/value_model", ModelRecipe(path="anywhere", resolution=64))
 
 
 def test_a_value_model_of_another_size_is_refused_before_anything_is_loaded(overrides, tmp_path, stopped):

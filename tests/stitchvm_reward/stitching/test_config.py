@@ -22,7 +22,8 @@ def test_shipped_recipes_name_the_kind_of_their_reward():
     rewards = {"aesthetic": "aesthetic", "clip": "clip", "dfn": "dfn_clip", "hpsv2": "hpsv2", "pickscore": "pickscore"}
     published = {f"{model}_{name}": kind for model in ("sd35m", "sd35l", "flux") for name, kind in rewards.items()}
     shapes = {"shapes_aesthetic": "aesthetic", "shapes_aesthetic_prompt": "aesthetic", "shapes_clip": "clip"}
-    assert kinds == published | shapes | {"shapes_flux": "aesthetic"}
+    shapes |= {"shapes_flux": "aesthetic", "shapes_generated": "aesthetic"}
+    assert kinds == published | shapes
 
 
 @pytest.mark.parametrize(

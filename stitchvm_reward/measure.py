@@ -5,7 +5,8 @@ import platform
 import subprocess
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -24,20 +24,26 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 WARM_UPS = 5  # calls at most before the timed ones
 
 
-class FusedAttention(TorchFunctionMode):
+@contextmanager
+def fused_attention() -> Iterator[None]:
     """Run attention on the meta device as the fused kernel that real devices run.
 
-    By default, the meta device takes the unfused path, which materialises all attention scores.
+    By default, the meta device takes the unfused path, which materialises all attention scores. The function itself is
+    replaced: a mode would be forgotten where a checkpointed block runs again in the backward pass.
     """
+    unfused = F.scaled_dot_product_attention
 
-    def __torch_function__(self, function, types, arguments=(), named=None):
-        if function is F.scaled_dot_product_attention:
-            return _fused(*arguments, **(named or {}))
-        return function(*arguments, **(named or {}))
+    def attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Tensor:
+        if query.device.type != "meta":
+            return unfused(query, key, value, *others, **named)
+        scale = named.get("scale")
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)[0]
 
-
-def _fused(query: Tensor, key: Tensor, value: Tensor, *_, scale: float | None = None, **__) -> Tensor:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, scale=scale)[0]
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = unfused
 
 
 def _attention(query: Any, key: Any, value: Any, *_, out_shape: Any = None, **__) -> int:

@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 
 from nft.config import Recipe
-from nft.cost.plan import GIB, cost_lines, memory, work_lines
-from nft.cost.shapes import costs
+from nft.cost.memory import GIB, memory, with_overhead
+from nft.cost.plan import cost_lines, work_lines
 from nft.geometry import Geometry
 from nft.rollout import AUTO
 from stitchvm_reward.errors import InputError
@@ -58,13 +58,15 @@ def _fitting(recipe: Recipe, available: int | None) -> Callable[[int, str], bool
     if available is None:
         return lambda size, phase: size <= ON_CPU
     try:
-        cost = costs(recipe)
+        memory(_sized(recipe, 1, 1, 1))
     except InputError as error:
         raise InputError(f"{', '.join(automatic(recipe))} cannot be {AUTO}: {error}; give a number") from None
 
     def fits(size: int, phase: str) -> bool:
-        expected = memory(_sized(recipe, size, size, size), cost)
-        return max(expected[name] for name in PHASES[phase] if name in expected) * GIB <= available
+        expected = memory(_sized(recipe, size, size, size))
+        apart = {"train": ("train",), "evaluation": ("evaluate",)}
+        names = apart.get(phase) or ("rollout", "decode", "score", "audit")
+        return max(with_overhead(expected[name]) for name in names if name in expected) * GIB <= available
 
     return fits
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from nft.config import Recipe
+from nft.cost.memory import CONTEXT, GIB, RESERVE, memory, with_overhead
 from nft.cost.shapes import Costs, costs
 from nft.geometry import Geometry, geometry_of
 from nft.objectives import objective_class
@@ -14,61 +15,41 @@ from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import architecture_of, family_of
 from stitchvm_reward.runs.launcher import threads_line
 
-GIB = 2**30
-
 
 def recipe_geometry(recipe: Recipe, processes: int) -> Geometry:
     """Return the geometry of a recipe on so many processes. Its micro batches must be numbers."""
     return geometry_of(recipe.rollout, recipe.train.updates_per_epoch, processes, recipe.train.micro_batch)
 
 
-def memory(recipe: Recipe, cost: Costs) -> dict[str, float]:
-    """Return the expected GiB of one process in each phase, from weights, adapters, optimizer and saved activations.
-
-    They are computed from shapes, not measured. Value models beside the rewards they were stitched from are left out.
-    """
-    width, vae_width = (getattr(torch, name).itemsize for name in (recipe.model.dtype, recipe.model.vae_dtype))
-    frozen = cost.base_parameters * width + cost.vae_parameters * vae_width + cost.reward_bytes
-    # Three adapters and one gradient in float32, two Adam moments in float32 or in 8 bits.
-    moments = 2 * (1 if recipe.train.optimizer == "adamw_8bit" else 4)
-    kept = frozen + cost.adapter_parameters * (4 * (len(ADAPTERS) + 1) + moments)
-    batch, block = recipe.rollout.micro_batch, cost.saved_bytes / cost.blocks
-    decoded = (1 if recipe.model.vae_slicing else batch) * recipe.model.resolution**2 * vae_width
-    checkpointing = recipe.train.gradient_checkpointing
-    saved = cost.blocks * cost.block_input_bytes + block if checkpointing else cost.saved_bytes
-    in_update = objective_class(recipe.train.objective).cost(recipe.train)
-    if in_update.reward_gradient:
-        # Checkpointed steps are run again one at a time, after the rewards' part is gone.
-        together = in_update.solver_steps * saved + cost.scoring_bytes
-        saved = max(saved, cost.scoring_bytes) if checkpointing else together
-    encoders = architecture_of(recipe.model.path).text_parameters * width
-    phases = {
-        "encode prompts": encoders + cost.reward_bytes,
-        "rollout": kept + batch * block,
-        # The decoder's widest layers hold 128 channels at full resolution, about four of them at once.
-        "decode": kept + decoded * 128 * 4,
-        "train": kept + (recipe.train.micro_batch or batch) * saved,
-    }
-    return {phase: size / GIB for phase, size in phases.items()}
-
-
 def too_large(expected: dict[str, float], available: float) -> str | None:
-    """Describe a run whose largest phase needs more GiB than there are; None where it fits."""
+    """Describe a run whose largest phase needs more GiB than there are, CUDA's own included; None where it fits."""
     phase = max(expected, key=lambda name: expected[name])
-    if expected[phase] <= available:
+    needed = with_overhead(expected[phase])
+    if needed <= available:
         return None
     return (
-        f"{phase} needs about {expected[phase]:.1f} GiB, this device has {available:.1f}: lower its micro_batch, "
+        f"{phase} needs about {needed:.1f} GiB, this device has {available:.1f}: lower its micro_batch, "
         "or set train.gradient_checkpointing, model.vae_slicing, train.optimizer=adamw_8bit"
     )
 
 
-def memory_warning(recipe: Recipe, cost: Costs) -> list[str]:
+def memory_warning(recipe: Recipe) -> list[str]:
     """Return one line where the device at hand has less memory than the run is expected to need."""
     if not torch.cuda.is_available():
         return []
-    message = too_large(memory(recipe, cost), torch.cuda.get_device_properties(0).total_memory / GIB)
+    message = too_large(memory(recipe), torch.cuda.get_device_properties(0).total_memory / GIB)
     return [f"warning      {message}"] if message else []
+
+
+def memory_lines(recipe: Recipe) -> list[str]:
+    """Return the expected peak of each phase, and what CUDA takes beside it."""
+    expected = memory(recipe)
+    largest = max(expected.values())
+    return [
+        *(f"memory       {phase}: about {size:.1f} GiB" for phase, size in expected.items()),
+        f"             and beside the largest: CUDA context {CONTEXT:g} GiB, allocator's reserve {RESERVE:.0%}: "
+        f"{with_overhead(largest):.1f} GiB in all",
+    ]
 
 
 def work(recipe: Recipe, geometry: Geometry, cost: Costs) -> dict[str, float]:
@@ -102,7 +83,7 @@ def announce(recipe: Recipe, processes: int, write: Callable[[str], None]) -> di
     except InputError:
         write("\n".join(lines))
         return {}
-    write("\n".join([*lines, *memory_warning(recipe, cost)]))
+    write("\n".join([*lines, *memory_warning(recipe)]))
     return {"cost/teraflop": sum(work(recipe, recipe_geometry(recipe, processes), cost).values())}
 
 
@@ -155,8 +136,8 @@ def cost_lines(recipe: Recipe, processes: int) -> list[str]:
         f"adapters     rank {recipe.lora.rank}, alpha {recipe.lora.alpha}: {cost.adapted_layers} layers, "
         f"{cost.adapter_parameters:,} parameters, three of them ({', '.join(ADAPTERS)})",
         cache_line(recipe),
-        *(f"memory       {phase}: about {size:.1f} GiB" for phase, size in memory(recipe, cost).items()),
-        *memory_warning(recipe, cost),
+        *memory_lines(recipe),
+        *memory_warning(recipe),
         f"FLOPs        one sample: forward {cost.forward_flops / 1e12:.3g}, forward and backward "
         f"{cost.training_flops / 1e12:.3g}, decode {cost.decode_flops / 1e12:.3g} TFLOP",
         f"             one epoch: {', '.join(f'{phase} {tflop:,.3g}' for phase, tflop in phases.items())} TFLOP; "

@@ -1,8 +1,7 @@
-"""Parameters, FLOPs and memory of a recipe's models on the meta device: no weights are loaded and no hub is asked."""
+"""Parameters and FLOPs of a recipe's models on the meta device: no weights are loaded and no hub is asked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,50 +27,25 @@ class Costs:
     """Shapes and costs of a recipe's models; FLOPs are multiply-adds times two, of one sample.
 
     `training_flops` are a forward and a backward pass. Where the reward is back-propagated, `decode_training_flops` and
-    `score_training_flops` are such passes too, and `scoring_bytes` is what decoder and rewards keep between the two.
+    `score_training_flops` are such passes too.
     """
 
     base_parameters: int
     adapted_layers: int
     adapter_parameters: int
-    vae_parameters: int
     forward_flops: float
     training_flops: float
     decode_flops: float
     score_flops: float
     pixel_score_flops: float
-    reward_bytes: int
     score_unknown: list[str]
-    saved_bytes: int
-    block_input_bytes: int
-    blocks: int
     decode_training_flops: float = 0.0
     score_training_flops: float = 0.0
-    scoring_bytes: int = 0
 
 
-def _training_costs(call: Callable[[], Tensor], parameters: bool = True) -> tuple[float, int]:
-    """Return the FLOPs of a call with its sum's backward pass, and the bytes that autograd keeps between the two.
-
-    Each storage counts once. Frozen weights are kept by reference: they count too unless `parameters` is False.
-    """
-    sizes: dict[int, int] = {}
-    alive: list = []
-
-    def keep(tensor):
-        if not parameters and isinstance(tensor._base if tensor._is_view() else tensor, torch.nn.Parameter):
-            return tensor
-        storage = tensor.untyped_storage()
-        sizes[id(storage)] = storage.nbytes()
-        alive.append(storage)
-        return tensor
-
-    def both():
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            end = call().sum()
-        end.backward()
-
-    return flops(both), sum(sizes.values())
+def _both_ways(call: Callable[[], Tensor]) -> float:
+    """Return the FLOPs of a call and of its sum's backward pass."""
+    return flops(lambda: call().sum().backward())
 
 
 def _clip_call(model: str) -> tuple[CLIPModel, Callable[[], Tensor]]:
@@ -82,15 +56,14 @@ def _clip_call(model: str) -> tuple[CLIPModel, Callable[[], Tensor]]:
     return clip, lambda: clip.get_image_features(pixel_values=pixels).pooler_output
 
 
-def _clip_costs(model: str) -> tuple[float | None, int]:
-    """Return the FLOPs of one image through a CLIP model's vision tower, and the bytes of all its weights in float32.
+def _clip_flops(model: str) -> float | None:
+    """Return the FLOPs of one image through a CLIP model's vision tower.
 
-    They are None and 0 for a hub id whose shapes are not known here.
+    None for a hub id whose shapes are not known here.
     """
     if is_hub_id(model) and model not in CLIPS:
-        return None, 0
-    clip, embed = _clip_call(model)
-    return flops(embed), 4 * sum(p.numel() for p in clip.parameters())
+        return None
+    return flops(_clip_call(model)[1])
 
 
 def _value_call(folder: str, architecture: Architecture, transformer: Any, null: Conditions) -> Callable | None:
@@ -109,31 +82,14 @@ def _value_call(folder: str, architecture: Architecture, transformer: Any, null:
     return lambda: network(head.features(latents, torch.zeros(1), null, [block])[block])[1]
 
 
-def _scoring_costs(
+def _scoring_flops(
     recipe: Recipe, vae: Any, latents: Tensor, scores: list[Callable[[], Tensor]]
-) -> tuple[float, float, int]:
-    """Return the FLOPs of decoding and of scoring one sample, each with its backward pass, and the bytes they keep.
-
-    A decoder that is checkpointed keeps the inputs of its blocks and, one at a time, what is inside a block.
-    """
-    scored = [_training_costs(call, False) for call in scores]
-    cost, kept = sum(one for one, _ in scored), sum(size for _, size in scored)
+) -> tuple[float, float]:
+    """Return the FLOPs of decoding and of scoring one sample, each with its backward pass."""
+    score = sum(_both_ways(call) for call in scores)
     if recipe.rollout.stop_window:
-        return 0.0, cost, kept
-    inputs: list[tuple[torch.nn.Module, torch.Size]] = []
-    blocks = [vae.decoder.mid_block, *vae.decoder.up_blocks]
-    hooks = [
-        block.register_forward_pre_hook(lambda module, args: inputs.append((module, args[0].shape))) for block in blocks
-    ]
-    decode, saved = _training_costs(lambda: vae.decode(latents.float().requires_grad_()).sample, False)
-    for hook in hooks:
-        hook.remove()
-    if recipe.train.gradient_checkpointing:
-        inside = [
-            _training_costs(partial(block, torch.zeros(shape, requires_grad=True)), False)[1] for block, shape in inputs
-        ]
-        saved = sum(4 * shape.numel() for _, shape in inputs) + max(inside)
-    return decode, cost, kept + saved * getattr(torch, recipe.model.vae_dtype).itemsize // 4
+        return 0.0, score
+    return _both_ways(lambda: vae.decode(latents.float().requires_grad_()).sample), score
 
 
 def _clip_folders(recipe: Recipe) -> list[str]:
@@ -144,13 +100,13 @@ def _clip_folders(recipe: Recipe) -> list[str]:
 
 
 def costs(recipe: Recipe) -> Costs:
-    """Return parameters, FLOPs and the memory of one sample's training pass, counted once per process.
+    """Return parameters and FLOPs of a recipe's models, counted once per process.
 
     Raises InputError for a model whose shapes are not known here.
     """
     values = [Path(reward.value_model).expanduser() / "config.json" for reward in recipe.rewards if reward.value_model]
     built = [path.read_text() if path.is_file() else "" for path in values]
-    other = recipe.train.objective, recipe.train.gradient_checkpointing, recipe.rollout.stop_window
+    other = recipe.train.objective, recipe.rollout.stop_window
     key = repr((recipe.model, recipe.lora, recipe.rewards, built, other))
     if key not in _known:
         _known[key] = _count(recipe)
@@ -176,9 +132,9 @@ def _count(recipe: Recipe) -> Costs:
         }
         with torch.no_grad():
             towers = _clip_folders(recipe)
-            clips = {model: _clip_costs(model) for model in dict.fromkeys(towers)}
+            clips = {model: _clip_flops(model) for model in dict.fromkeys(towers)}
             scores = {name: None if call is None else flops(call) for name, call in values.items()}
-            scores |= {reward.name: clips[reward.model][0] for reward in recipe.rewards if reward.model}
+            scores |= {reward.name: clips[reward.model] for reward in recipe.rewards if reward.model}
         targets = recipe.lora.targets or list(family.lora_targets)
         policy = Policy(transformer, recipe.lora.rank, recipe.lora.alpha, targets, recipe.seed)
         policy.network.to("meta")
@@ -188,32 +144,23 @@ def _count(recipe: Recipe) -> Costs:
             forward = flops(lambda: transformer(**inputs))
         with torch.no_grad():
             decode = flops(lambda: vae.decode(latents.float()))
-        training, saved = _training_costs(lambda: transformer(**inputs)[0])
-        scoring = 0.0, 0.0, 0
+        training = _both_ways(lambda: transformer(**inputs)[0])
+        scoring = 0.0, 0.0
         if objective_class(recipe.train.objective).cost(recipe.train).reward_gradient:
             calls = [call for call in values.values() if call is not None]
-            calls += [_clip_call(reward.model)[1] for reward in recipe.rewards if clips.get(reward.model, (None, 0))[0]]
+            calls += [_clip_call(reward.model)[1] for reward in recipe.rewards if clips.get(reward.model)]
             with policy.using(None):
-                scoring = _scoring_costs(recipe, vae, latents, calls)
-        weights = sum(p.numel() * p.element_size() for p in transformer.parameters())
-    tokens, width = family.sequence(architecture, resolution, length)
+                scoring = _scoring_flops(recipe, vae, latents, calls)
     return Costs(
         base_parameters=base,
         adapted_layers=len(policy.layers),
         adapter_parameters=sum(p.numel() for p in policy.tensors("current").values()),
-        vae_parameters=sum(p.numel() for p in vae.parameters()),
         forward_flops=forward,
         training_flops=training,
         decode_flops=decode,
         score_flops=sum(cost or 0.0 for cost in scores.values()),
-        pixel_score_flops=sum(clips[model][0] or 0.0 for model in towers),
-        reward_bytes=sum(clips[model][1] for model in towers),
+        pixel_score_flops=sum(clips[model] or 0.0 for model in towers),
         score_unknown=[reward.name for reward in recipe.rewards if scores.get(reward.name) is None],
-        # Frozen weights are saved by reference for the backward pass; they are counted with the weights.
-        saved_bytes=max(0, saved - weights),
-        block_input_bytes=tokens * width * dtype.itemsize,
-        blocks=len(family.blocks(transformer)),
         decode_training_flops=scoring[0],
         score_training_flops=scoring[1],
-        scoring_bytes=scoring[2],
     )

@@ -8,7 +8,7 @@ from transformers import CLIPModel
 
 from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.families import architecture_of
-from stitchvm_reward.measure import FusedAttention, flops, peak_mib, timed
+from stitchvm_reward.measure import flops, fused_attention, peak_mib, timed
 from stitchvm_reward.random_models import pixel_embedding, random_clip, random_conditions, random_generator
 from stitchvm_reward.rewards.aesthetic import AestheticHead
 from stitchvm_reward.rewards.tail import RewardTail
@@ -65,7 +65,7 @@ def guided_step_costs(
     Raises InputError for a model whose shapes are not known.
     """
     if shapes_only:
-        with FusedAttention():
+        with fused_attention():
             return _costs(recipe, guidance, 0, torch.device("meta"))
     return _costs(recipe, guidance, repeats, device)
 

@@ -22,8 +22,8 @@ from stitchvm_reward.measure import flops
 )
 def test_a_published_reward_tower_costs_what_was_worked_out_by_hand(model, teraflop):
     with torch.device("meta"), torch.no_grad():
-        assert shapes._clip_costs(model)[0] / 1e12 == pytest.approx(teraflop, rel=0.02)
-        assert shapes._clip_costs("somebody/clip") == (None, 0)
+        assert shapes._clip_flops(model) / 1e12 == pytest.approx(teraflop, rel=0.02)
+        assert shapes._clip_flops("somebody/clip") is None
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +73,15 @@ def test_encoding_an_image_costs_what_was_worked_out_by_hand():
 
 
 def test_a_tower_that_several_rewards_share_is_measured_once_and_counted_for_each(monkeypatch):
-    measured, measure = [], shapes._clip_costs
+    measured, measure = [], shapes._clip_flops
     monkeypatch.setattr(shapes, "_known", {})
-    monkeypatch.setattr(shapes, "_clip_costs", lambda model: measured.append(model) or measure(model))
+    monkeypatch.setattr(shapes, "_clip_flops", lambda model: measured.append(model) or measure(model))
     one = costs(load_recipe("recipes/shapes/clip.yaml"))
     model = load_recipe("recipes/shapes/clip.yaml").rewards[0].model
     both = f"rewards=[{{kind: clip, model: {model}}}, {{kind: hpsv2, model: {model}}}]"
     two = costs(load_recipe("recipes/shapes/clip.yaml", [both]))
     assert measured == [model] * 2
     assert two.pixel_score_flops == 2 * one.pixel_score_flops and two.score_flops == 2 * one.score_flops
-    assert two.reward_bytes == 2 * one.reward_bytes
 
 
 def test_work_counts_every_network_call(medium):

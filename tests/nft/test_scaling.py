@@ -26,17 +26,12 @@ COSTS = Costs(
     base_parameters=1,
     adapted_layers=1,
     adapter_parameters=PARAMETERS,
-    vae_parameters=1,
     forward_flops=1e12,
     training_flops=2e12,
     decode_flops=0.5e12,
     score_flops=0.5e12,
     pixel_score_flops=0.0,
-    reward_bytes=0,
     score_unknown=[],
-    saved_bytes=0,
-    block_input_bytes=0,
-    blocks=1,
 )
 
 

@@ -98,7 +98,7 @@ def test_the_plan_of_a_published_model_tells_its_size_memory_and_flops(path, cap
     print_plan(recipe, 8)
     plan = capsys.readouterr().out
     assert f"{parameters} parameters in the transformer" in plan and f"{layers} layers" in plan
-    for phase in ("encode prompts", "rollout", "decode", "train"):
+    for phase in ("encode", "rollout", "train", "optimizer", "evaluate"):
         assert f"memory       {phase}: about " in plan
     assert "FLOPs        one sample: forward " in plan and "TFLOP" in plan
     assert ("embedded guidance 3.5" in plan) == (path.parent.name == "flux")

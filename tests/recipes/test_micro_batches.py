@@ -5,9 +5,8 @@ import torch
 
 from nft.config import load_recipe
 from nft.cost import micro_batch
+from nft.cost.memory import memory, with_overhead
 from nft.cost.micro_batch import auto_lines, fit, print_plan
-from nft.cost.plan import memory
-from nft.cost.shapes import costs
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.tracking import read_metrics
 
@@ -52,11 +51,12 @@ def published(*more: str):
 def test_auto_is_the_largest_power_of_two_that_the_plan_says_fits():
     recipe = published("rollout.micro_batch=auto", "train.updates_per_epoch=1")
     available = 40 * GIB
-    fitted, cost = fit(recipe, 1, available), costs(recipe)
+    fitted = fit(recipe, 1, available)
     chosen = fitted.train.micro_batch
 
     def needed(size: int) -> float:
-        return memory(published(f"rollout.micro_batch={size}", f"train.micro_batch={size}"), cost)["train"] * GIB
+        expected = memory(published(f"rollout.micro_batch={size}", f"train.micro_batch={size}"))
+        return with_overhead(expected["train"]) * GIB
 
     assert chosen >= 2 and chosen & (chosen - 1) == 0
     assert needed(chosen) <= available < needed(2 * chosen)
@@ -89,6 +89,6 @@ def test_auto_needs_a_model_whose_shapes_are_known(monkeypatch):
     def unknown(recipe):
         raise InputError("the shapes of somebody/model are not known here")
 
-    monkeypatch.setattr(micro_batch, "costs", unknown)
+    monkeypatch.setattr(micro_batch, "memory", unknown)
     with pytest.raises(InputError, match=r"train.micro_batch cannot be auto.*not known here; give a number"):
         fit(published("train.micro_batch=auto"), 1, 80 * GIB)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from stitchvm_reward.measure import compiled_regions, flops, peak_mib, timed
+from stitchvm_reward.measure import compiled_regions, flops, fused_attention, peak_mib, timed
 
 CPU = torch.device("cpu")
 
@@ -54,3 +56,17 @@ def test_a_timed_call_that_compiles_is_refused():
     block.compile(backend="eager", dynamic=False)
     with pytest.raises(RuntimeError, match="1 new graphs in the timed calls"):
         timed(lambda: block(torch.randn(next(sizes), 8)), 1, CPU, 1, compiled=True)
+
+
+def test_attention_on_the_meta_device_is_fused_where_a_checkpoint_runs_it_again():
+    def attend(query):
+        return F.scaled_dot_product_attention(query, query, query)
+
+    def both_ways():
+        query = torch.zeros(1, 1, 1024, 8, device="meta", requires_grad=True)
+        checkpoint(attend, query, use_reentrant=False).sum().backward()
+
+    scores = 4 * 1024**2 / 2**20
+    with fused_attention():
+        assert peak_mib(both_ways, torch.device("meta")) < 0.2 * scores
+    assert peak_mib(both_ways, torch.device("meta")) > scores

@@ -166,7 +166,7 @@ def test_the_plan_counts_what_the_options_save():
     assert (plain["train"] - less) * 2**30 == pytest.approx(adapter * 6)
     assert phases("model.vae_dtype=bfloat16")["decode"] < 0.8 * plain["decode"]
     larger = phases("rollout.micro_batch=64")
-    assert larger["train"] > 4 * plain["train"] and larger["optimizer"] == plain["optimizer"]
+    assert larger["train"] > 1.5 * plain["train"] and larger["optimizer"] == plain["optimizer"]
 
 
 def test_a_run_that_does_not_fit_is_told_with_what_cuda_takes_beside_it():

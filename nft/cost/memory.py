@@ -212,7 +212,7 @@ def memory(recipe: Recipe) -> dict[str, float]:
         return max(need.step.at(size), need.decode.at(size), need.score.at(size))
 
     phases = {
-        "encode": need.rewards + need.encoders,
+        "encode": kept + epoch + need.encoders,  # some epochs ahead, beside everything else
         "rollout": kept + epoch + need.step.at(batch),
         "decode": kept + epoch + need.decode.at(batch),
         "score": kept + epoch + (need.value if window else need.score).at(batch),

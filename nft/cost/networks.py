@@ -77,7 +77,7 @@ class Networks:
         kind, model = reward.kind, reward.model
         if reward.kind == "value":
             folder = Path(reward.value_model).expanduser()
-            builder = None if folder.is_dir() else builder_of(folder)
+            builder = None if folder.is_dir() else reward.stitch or builder_of(folder)
             if folder.is_dir():
                 config = read_config(folder)
                 kind, model = config["reward"]["kind"], config["reward"]["path"]

@@ -10,7 +10,7 @@ from nft.policy import Policy
 from stitchvm_reward.command import run_command
 from stitchvm_reward.diffusion.generator import chosen_guidance
 from stitchvm_reward.families import architecture_of
-from stitchvm_reward.measure import FusedAttention, Traffic
+from stitchvm_reward.measure import fused_attention, Traffic
 
 BATCH = 8
 
@@ -33,7 +33,7 @@ def forward_traffic(recipe: Recipe, batch: int = BATCH) -> dict[str, Traffic]:
         inputs = family.inputs(latents, torch.zeros(batch), conditions, guidance)
         for name, adapter in (("no adapter", None), ("old", "old"), ("current, with gradient", "current")):
             gradient = torch.set_grad_enabled(adapter == "current")
-            with gradient, policy.using(adapter), FusedAttention(), Traffic() as found[name]:
+            with gradient, policy.using(adapter), fused_attention(), Traffic() as found[name]:
                 network(**inputs)
     return found
 

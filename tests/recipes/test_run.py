@@ -39,6 +39,7 @@ def finished(train, tmp_path_factory):
     """The trainer and the folder of a short run."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     settings = ("epochs=3", "train.updates_per_epoch=2", "evaluation.every=1", "checkpoint.keep=2")
+    settings += ("train.reference_share=1",)  # every step reports the distance to the base model
     return train(folder, *settings), folder
 
 

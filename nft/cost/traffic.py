@@ -10,7 +10,7 @@ from nft.policy import Policy
 from stitchvm_reward.command import run_command
 from stitchvm_reward.diffusion.generator import chosen_guidance
 from stitchvm_reward.families import architecture_of
-from stitchvm_reward.measure import fused_attention, Traffic
+from stitchvm_reward.measure import Traffic, fused_attention
 
 BATCH = 8
 

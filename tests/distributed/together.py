@@ -43,9 +43,9 @@ def go_wrong(kind: str, trainer: Trainer) -> None:
     calls = []
 
     def fault(function):
-        def faulty(*arguments):
+        def faulty(*arguments, **named):
             calls.append(function)
-            found = function(*arguments)
+            found = function(*arguments, **named)
             if len(calls) < 3:  # in the second epoch, when there is something to lose
                 return found
             if kind == "reward_raises":
@@ -54,9 +54,9 @@ def go_wrong(kind: str, trainer: Trainer) -> None:
 
         return faulty
 
-    def loss(*arguments):
+    def loss(*arguments, **named):
         calls.append(loss)
-        found, parts = LOSS(*arguments)
+        found, parts = LOSS(*arguments, **named)
         return (found if len(calls) < 3 else found * torch.nan), parts
 
     if kind == "gradient_nan":

@@ -24,7 +24,8 @@ class PolicyModelRecipe(ModelRecipe):
     vae_slicing: bool = False
     """Decode one image at a time: the decoder's memory no longer grows with rollout.micro_batch."""
     compile: bool = False
-    """Compile the transformer's blocks with torch.compile: minutes at the start, shorter steps from then on."""
+    """Compile the transformer's blocks with torch.compile: minutes at the start, shorter steps from then on. The metric
+    train/recompilations counts what is compiled after the first epoch, which should be nothing."""
 
     def __post_init__(self):
         super().__post_init__()

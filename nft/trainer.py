@@ -25,6 +25,7 @@ from nft.sharded import load_sharded
 from nft.untrained import UntrainedLatents
 from nft.value_models import build_missing
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.measure import compiled_graphs
 from stitchvm_reward.runs import checkpoint
 from stitchvm_reward.runs.pictures import before_after, curves
 from stitchvm_reward.runs.rank_sync import RankSync, Stopped, mark_stopped
@@ -88,6 +89,7 @@ class Trainer:
             self.claim = prepare_run_folder(self.recipe) if self.main else None
         self.epoch = 0
         self.writer = checkpoint.Writer()
+        self.compiles = True  # until the first epoch of this process is over
         self.saved: int | None = None  # the epoch whose checkpoint was written last
         self.pending: dict[str, float] | None = None  # an epoch's metrics while its evaluation is still to come
         self.learned: Learned | None = None
@@ -134,9 +136,10 @@ class Trainer:
         every = self.recipe.audit.every
         steps_last = self.learner.geometry.updates == 1 and not (every and self.epoch % every == 0)
         self.before = (None if steps_last else on_cpu(self.learner.tensors()), self.state_dict())
+        graphs = compiled_graphs()
         rollouts = self.collector.collect(self.epoch)
         self.learned = learned = self.objective.learn(rollouts, self.epoch)
-        metrics = self.cost | learned.metrics
+        metrics = self.cost | learned.metrics | self._recompiled(compiled_graphs() - graphs)
         if learned.finite:
             metrics |= self.auditor.check(self.epoch, learned.rollouts)
         if learned.updated:
@@ -144,6 +147,18 @@ class Trainer:
         self.epoch += 1
         self.before = None
         return metrics
+
+    def _recompiled(self, graphs: int) -> dict[str, float]:
+        """Report the graphs that rollouts and update compiled; all are expected in the first epoch of a process."""
+        expected, self.compiles = self.compiles, False
+        if expected or not self.recipe.model.compile:
+            return {}
+        if graphs and self.main:
+            tqdm.write(
+                f"warning: torch.compile made {graphs} new graphs in epoch {self.epoch + 1}, which should need none: "
+                "run with TORCH_LOGS=recompiles for the reason, or set model.compile=false"
+            )
+        return {"train/recompilations": float(graphs)}
 
     def _evaluate(self) -> dict[str, float]:
         metrics, pictures = self.held_out.evaluate(self.epoch)

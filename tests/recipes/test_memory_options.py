@@ -80,6 +80,20 @@ def test_compiled_blocks_know_the_adapters_apart(make_trainer, tmp_path, monkeyp
 
 
 @pytest.mark.slow
+def test_blocks_that_compile_again_after_the_first_epoch_are_counted_and_told(
+    make_trainer, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(Generator, "compile_blocks", partialmethod(Generator.compile_blocks, backend="eager"))
+    trainer = make_trainer(tmp_path / "run", "model.compile=true", "epochs=3")
+    assert "train/recompilations" not in trainer.run_epoch()
+    assert trainer.run_epoch()["train/recompilations"] == 0
+    assert "TORCH_LOGS" not in "".join(capfd.readouterr())
+    torch._dynamo.reset()  # forgets what was compiled
+    assert trainer.run_epoch()["train/recompilations"] > 0
+    assert "new graphs in epoch 3" in "".join(capfd.readouterr())
+
+
+@pytest.mark.slow
 def test_moments_in_8_bits_learn_nearly_the_same_and_resume_bit_for_bit(train, digests, tmp_path):
     pytest.importorskip("bitsandbytes", reason="the extra 8bit is not installed")
     # Small matrices keep their moments in 32 bits: these have more than 4,096 numbers.

@@ -49,6 +49,15 @@ def check_prompts(recipe: Recipe) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
+def in_rounds(recipe: Recipe) -> bool:
+    """Return whether the prompts that a run draws may exceed the cache's limit.
+
+    Raises InputError for a model whose shapes are not known.
+    """
+    most = recipe.epochs * recipe.rollout.groups + recipe.evaluation.samples
+    return most * bytes_per_prompt(recipe.model) > recipe.prompts.cache_limit * GB
+
+
 def cache_line(recipe: Recipe, available: int | None = None) -> str:
     """Say how many prompts a run draws and what they take on disk, as far as the recipe and their number tell.
 

@@ -1,5 +1,6 @@
 """The recipe's rewards and measures, loaded and applied by name: on images, and on noisy latents."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -62,21 +63,27 @@ class Scorer:
 
 @dataclass(frozen=True)
 class RolloutScorer:
-    """Rewards of rollouts, differentiable: of decoded images, or of noisy latents where rollouts stop early."""
+    """Rewards of rollouts, differentiable: of decoded images, or of noisy latents where rollouts stop early.
+
+    `timings` times decoding and scoring, for which the device is waited for: None inside an optimizer step.
+    """
 
     scorer: Scorer
     generator: Generator
     policy: Policy
     prompts: list[str]
-    timings: Timings
+    timings: Timings | None
     stopped: bool
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.timings is None else self.timings.phase(name)
 
     def __call__(self, rollout: Rollout) -> dict[str, Tensor]:
         texts = [self.prompts[prompt] for prompt in rollout.prompts]
         if self.stopped:
-            with self.timings.phase("score"), self.policy.using(None):
+            with self._phase("score"), self.policy.using(None):
                 return self.scorer.value(rollout.anchor, rollout.tau, texts, rollout.conditions)
-        with self.timings.phase("decode"):
+        with self._phase("decode"):
             images = self.generator.decode(rollout.anchor)
-        with self.timings.phase("score"):
+        with self._phase("score"):
             return self.scorer.score(images, texts)

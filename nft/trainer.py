@@ -61,9 +61,11 @@ class Trainer:
             geometry=recipe_geometry(fitted, accelerator.num_processes),
             stand_in=stand_in(self.cache.conditions(held_out[:1]), generator.latent_shape),
         )
-        score = RolloutScorer(scorer, generator, policy, prompts, self.timings, stopped=bool(rollout.stop_window))
+        objective = objective_class(train.objective)
+        timed = self.timings if objective.scores_rollouts else None
+        score = RolloutScorer(scorer, generator, policy, prompts, timed, stopped=bool(rollout.stop_window))
         parts = Parts(train, rollout, [*scorer.rewards], seed, generator, learner, self.ranks, score)
-        self.objective = objective_class(train.objective)(parts)
+        self.objective = objective(parts)
         shared: dict[str, Any] = {"generator": generator, "learner": learner, "ranks": self.ranks, "seed": seed}
         self.collector = Collector(rollout, prompts=prompts, cache=self.cache, objective=self.objective, **shared)
         self.audit = Audit(recipe.audit)

@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from nft.audit import audited
 from nft.config import Recipe
 from nft.cost.networks import META, Networks, module_bytes
+from nft.geometry import geometry_of
 from nft.objectives import objective_class
 from nft.objectives.draft import draft_loss
 from nft.objectives.nft import Batch, nft_loss
 from nft.policy import ADAPTERS
+from nft.prompts import in_rounds
 from nft.rollout import last_steps
 from stitchvm_reward.diffusion.path import bridge, per_sample
 from stitchvm_reward.diffusion.prompt_cache import BATCH as ENCODED_AT_ONCE
@@ -172,6 +175,18 @@ def _needs(recipe: Recipe) -> Needs:
     )
 
 
+def most_audited(recipe: Recipe) -> int:
+    """Return the largest number of samples of one micro batch that an audit of a run takes to the image."""
+    audit, updates = recipe.audit, recipe.train.updates_per_epoch
+    geometry = geometry_of(recipe.rollout, updates, 1, recipe.train.micro_batch)
+    batches = [batch for part in range(geometry.parts) for batch in geometry.trainings(part)]
+    most = 0
+    for epoch in range(0, recipe.epochs if audit.every else 0, audit.every or 1):
+        chosen = audited(geometry.samples, audit.samples, recipe.seed, epoch)
+        most = max(most, *(len(chosen.intersection(batch)) for batch in batches))
+    return most
+
+
 _known: dict[str, Needs] = {}
 
 
@@ -208,15 +223,18 @@ def memory(recipe: Recipe) -> dict[str, float]:
     kept = need.frozen + need.rewards + need.values + need.adapters + moments
     images = 4 * 3 * recipe.model.resolution**2
 
+    # Prompts are encoded before the generator is loaded; later rounds, beside all that is there by then.
+    beside_encoders = kept + epoch if in_rounds(recipe) else need.rewards
+
     def to_image(size: int) -> float:
         return max(need.step.at(size), need.decode.at(size), need.score.at(size))
 
     phases = {
-        "encode": kept + epoch + need.encoders,  # some epochs ahead, beside everything else
+        "encode": need.encoders + beside_encoders,
         "rollout": kept + epoch + need.step.at(batch),
         "decode": kept + epoch + need.decode.at(batch),
         "score": kept + epoch + (need.value if window else need.score).at(batch),
-        "audit": kept + epoch + to_image(min(batch, recipe.audit.samples)),
+        "audit": kept + epoch + to_image(most_audited(recipe)),
         "train": kept + epoch + need.gradient + need.train.at(trained),
         "optimizer": kept + epoch + need.gradient,
         "evaluate": kept + evaluation.grid * images + to_image(min(evaluated, evaluation.samples)),

@@ -17,11 +17,6 @@ from stitchvm_reward.runs.rank_sync import RankSync
 
 SIZES = [2**power for power in range(8, -1, -1)]
 ON_CPU = 8  # larger ones are no faster there
-PHASES = {  # of the memory plan, by the micro batch that they depend on
-    "rollout": ("rollout", "decode", "score", "audit"),
-    "train": ("train",),
-    "evaluation": ("evaluate", "rollout", "decode"),
-}
 UNEVEN = 1 / 16  # a process may work this much longer than an even share, for the sake of a larger micro batch
 
 

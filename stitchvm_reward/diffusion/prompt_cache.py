@@ -19,6 +19,7 @@ from stitchvm_reward.families import architecture_of
 from stitchvm_reward.families.family import Conditions, Family
 from stitchvm_reward.files import staged
 from stitchvm_reward.hub import locate
+from stitchvm_reward.transfer import to_device
 
 BATCH = 16  # texts that are encoded together
 FORMAT = 2  # of the files; those of another format are never found
@@ -141,5 +142,5 @@ class PromptCache:
         """
         self.ensure(text for text in texts if text not in self._loaded)
         items = [self._read(text) for text in texts]
-        stacked = {name: torch.stack([item[name] for item in items]).to(self.device) for name in items[0]}
+        stacked = {name: to_device(torch.stack([item[name] for item in items]), self.device) for name in items[0]}
         return Conditions(self.family.restored(stacked))

@@ -3,9 +3,13 @@
 Images are (batch, 3, h, w) float32 in [0, 1] on any device, in this range until `normalise`.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from stitchvm_reward.transfer import to_device
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -53,7 +57,12 @@ def pad_to_square(images: Tensor, side: int) -> Tensor:
     return F.pad(resize(images, height, width), (across // 2, across - across // 2, down // 2, down - down // 2))
 
 
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return float32 constants (1, 3, 1, 1) on a device, copied there once."""
+    return to_device(torch.tensor(values).view(1, 3, 1, 1), device)
+
+
 def normalise(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> Tensor:
     """Subtract the channel means and divide by the standard deviations."""
-    means = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-    return (images - means) / torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    return (images - _per_channel(tuple(mean), images.device)) / _per_channel(tuple(std), images.device)

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.fake_cuda.device import preload, pretend
+from tests.fake_cuda.device import GIB, preload, pretend
 
 
 def parse() -> argparse.Namespace:
@@ -19,6 +19,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="a recipe of Stable Diffusion 3.5 or FLUX.1")
     parser.add_argument("--out", type=Path, metavar="JSON", help="write peaks, plan and all faults to this file")
+    parser.add_argument(
+        "--memory", type=int, default=80, metavar="GIB", help="of the device, where micro batches are auto"
+    )
     return parser.parse_args()
 
 
@@ -40,7 +43,7 @@ def main() -> int:
         hide_loading_bars()
         commit = machine(torch.device("cpu"))["commit"]
         watch = Watch()
-        pretend(watch.synchronised)
+        pretend(watch.synchronised, arguments.memory * GIB)
         mode.install()
         stand_ins.install()
         fake, results = Machine(stand_ins.Hub(folder / "hub"), watch), []

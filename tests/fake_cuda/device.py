@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("device.cpp")
-MEMORY = 80 * 2**30
+GIB = 2**30
 
 
 def _build(torch_folder: Path) -> Path:
@@ -62,8 +62,8 @@ class _Stream(_Nowhere):
         return lambda *_, **__: None
 
 
-def pretend(waited: Callable[[str], None]) -> None:
-    """Answer torch.cuda's questions as one card of 80 GB, and keep it from being initialised.
+def pretend(waited: Callable[[str], None], memory: int) -> None:
+    """Answer torch.cuda's questions as one card of so many bytes, and keep it from being initialised.
 
     `waited` is told where the device is waited for.
     """
@@ -73,7 +73,7 @@ def pretend(waited: Callable[[str], None]) -> None:
     from torch._subclasses import fake_tensor
 
     card = SimpleNamespace(
-        name="NVIDIA H100 80GB HBM3", total_memory=MEMORY, major=9, minor=0, multi_processor_count=132
+        name="NVIDIA H100 80GB HBM3", total_memory=memory, major=9, minor=0, multi_processor_count=132
     )
     answers = {
         "_lazy_init": None,
@@ -87,7 +87,7 @@ def pretend(waited: Callable[[str], None]) -> None:
         "get_device_name": card.name,
         "get_device_capability": (9, 0),
         "is_bf16_supported": True,
-        "mem_get_info": (MEMORY, MEMORY),
+        "mem_get_info": (memory, memory),
         "memory_allocated": 0,
         "max_memory_allocated": 0,
         "memory_reserved": 0,

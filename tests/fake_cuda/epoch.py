@@ -13,7 +13,7 @@ import nft.rollout
 from nft.backend import Backend
 from nft.config import Recipe, load_recipe
 from nft.cost.memory import memory
-from nft.cost.micro_batch import fit
+from nft.cost.micro_batch import device_memory, fit
 from nft.objectives import objective_class
 from nft.scoring import Scorer
 from nft.trainer import Trainer
@@ -21,12 +21,12 @@ from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.rewards.clip import ImageTower
 from stitchvm_reward.runs.launcher import make_accelerator
 from stitchvm_reward.runs.tracking import Timings
-from tests.fake_cuda.device import MEMORY
+from stitchvm_reward.stitching.value_model import StitchedValueModel
+from tests.fake_cuda.device import GIB
 from tests.fake_cuda.mode import FakeCuda
 from tests.fake_cuda.stand_ins import Hub, provide
 from tests.fake_cuda.watch import Fault, Watch
 
-GIB = 2**30
 TOLERANCE = 0.1  # of the plan against the tracked peak
 HEAD = f"{'recipe':36} {'phase':10} {'peak GiB':>8} {'plan':>8} {'ratio':>6} {'waits':>6} {'float32':>8}"
 
@@ -76,12 +76,12 @@ def cut(path: str, folder: Path) -> tuple[Recipe, list[str]]:
     Two full micro batches of training, one of evaluation, and few steps and levels remain: peaks of memory do not grow
     with these numbers, except for what is kept of every sample, which the plan counts too.
     """
-    whole = fit(load_recipe(path), 1, MEMORY)
+    whole = fit(load_recipe(path), 1, device_memory())
     batch, trained, evaluated = (part.micro_batch for part in (whole.rollout, whole.train, whole.evaluation))
     less = [
         "epochs=1",
         "rollout.groups=2",
-        f"rollout.group_size={max(batch, trained)}",
+        f"rollout.group_size={max(4, batch // 2, trained)}",
         f"rollout.micro_batch={batch}",
         f"train.micro_batch={trained}",
         f"evaluation.micro_batch={evaluated}",
@@ -91,10 +91,12 @@ def cut(path: str, folder: Path) -> tuple[Recipe, list[str]]:
         "audit.samples=8",
         "audit.on_drift=warn",
     ]
-    if not whole.rollout.stop_window:
-        less.append("rollout.steps=3")
+    less.append("rollout.steps=3")
+    most = 1 if whole.rollout.stop_window else 2  # levels
+    if whole.rollout.stop_window:
+        less.append("rollout.stop_window=[1,2]")
     if whole.train.objective == "nft":
-        less.append(f"train.levels_per_sample={min(2, whole.train.levels_per_sample)}")
+        less.append(f"train.levels_per_sample={min(most, whole.train.levels_per_sample)}")
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"a picture number {n}\n" for n in range(max(8, evaluated))))
     files = [f"prompts.train={prompts}", f"prompts.held_out={prompts}", f"prompts.cache={folder / 'prompts'}"]
@@ -150,12 +152,14 @@ def _observe_losses(objective: Any, watch: Watch) -> None:
 
 
 def mean_float32(watch: Watch) -> None:
-    """Note networks whose float32 is meant: an autoencoder that the recipe keeps in it, and the rewards' towers."""
+    """Note networks that are float32, of which a GPU rounds the products' inputs to TF32 (`model.tf32`): an autoencoder
+    that the recipe keeps in it, the rewards' towers and the value models' own networks."""
 
     def note(module: Any) -> None:
         for tensor in [*module.parameters(), *module.buffers()]:
             watch.meant.add(watch.created(tensor))
 
+    value_model = StitchedValueModel.from_pretrained.__func__  # type: ignore[attr-defined]
     load, tower = Generator.load.__func__, ImageTower.__init__  # type: ignore[attr-defined]
 
     def loaded(cls: Any, *arguments: Any, **named: Any) -> Generator:
@@ -167,6 +171,12 @@ def mean_float32(watch: Watch) -> None:
         tower(self, *arguments, **named)
         note(self.clip)
 
+    def valued(cls: Any, *arguments: Any, **named: Any) -> StitchedValueModel:
+        model = value_model(cls, *arguments, **named)
+        note(model.network)
+        return model
+
+    StitchedValueModel.from_pretrained = classmethod(valued)  # type: ignore[assignment,method-assign]
     Generator.load = classmethod(loaded)  # type: ignore[assignment,method-assign]
     ImageTower.__init__ = towered  # type: ignore[method-assign]
 
@@ -193,5 +203,6 @@ class Machine:
             result.fault = f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-12)}"
         result.peaks = {name: size / GIB for name, size in self.watch.peaks.items()}
         result.plan = memory(recipe)
-        result.synchronisations, result.float32_products = self.watch.syncs, self.watch.products
+        result.synchronisations = {phase: dict(lines) for phase, lines in self.watch.syncs.items()}
+        result.float32_products = {phase: dict(lines) for phase, lines in self.watch.products.items()}
         return result

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tests.fake_cuda.device import preload, pretend
+from tests.fake_cuda.device import GIB, preload, pretend
 
 DEVICE = "cuda:0"
 
@@ -156,7 +156,7 @@ def main() -> int:
     from tests.fake_cuda.watch import Fault, Watch
 
     watch = Watch()
-    pretend(watch.synchronised)
+    pretend(watch.synchronised, 80 * GIB)
     mode.install()
     found: dict[str, Any] = {}
     with mode.FakeCuda(watch):

@@ -242,3 +242,12 @@ def test_the_plan_of_stopped_rollouts_decodes_nothing():
     assert phases["rollout"] == pytest.approx(64 * 4 * found.forward_flops / 1e12) and phases["decode"] == 0
     assert phases["train"] == pytest.approx(64 * found.training_flops / 1e12)
     assert 1.5 * 64 * found.score_flops / 1e12 < phases["score"] < 3 * 64 * found.score_flops / 1e12
+
+
+def test_an_update_waits_for_the_device_only_where_it_begins_and_ends(draft, monkeypatch):
+    trainer, waits = draft(), []
+    rollouts = trainer.collector.collect(0)
+    assert len(rollouts) > 1
+    monkeypatch.setattr(trainer.timings, "synchronise", lambda: waits.append(trainer.timings.current))
+    trainer.objective.learn(rollouts, 0)
+    assert waits == ["train", "train"]

@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL
 
 from nft.config import load_recipe
 from nft.cost import shapes
+from nft.cost.memory import most_audited
 from nft.cost.plan import cost_lines, recipe_geometry, work, work_lines
 from nft.cost.shapes import costs
 from stitchvm_reward.families import SD3, architecture_of
@@ -109,3 +110,12 @@ def test_the_plan_of_a_local_folder_needs_no_hub_and_names_uneven_shares():
     text = "\n".join([*work_lines(recipe, 3), *cost_lines(recipe, 3)])
     assert "1 to 2 micro batches each" in text
     assert "miniature/weights/sd3" in text and "GiB" in text
+
+
+def test_an_audit_takes_part_of_a_micro_batch_to_the_image():
+    def most(*more: str) -> int:
+        return most_audited(load_recipe("recipes/aesthetic.yaml", list(more)))
+
+    assert 1 < most() < 8  # 32 of 192 samples
+    assert (most("audit.samples=192"), most("audit.samples=192", "train.micro_batch=4")) == (8, 4)
+    assert most("audit.every=0") == 0

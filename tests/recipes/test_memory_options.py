@@ -181,6 +181,9 @@ def test_the_plan_counts_what_the_options_save():
     assert phases("model.vae_dtype=bfloat16")["decode"] < 0.8 * plain["decode"]
     larger = phases("rollout.micro_batch=64")
     assert larger["train"] > 1.5 * plain["train"] and larger["optimizer"] == plain["optimizer"]
+    in_rounds = phases("prompts.cache_limit=1e-3")  # later rounds are encoded beside the generator
+    assert in_rounds["encode"] > plain["encode"] + 0.5 * plain["optimizer"]
+    assert in_rounds | {"encode": plain["encode"]} == plain
 
 
 def test_a_run_that_does_not_fit_is_told_with_what_cuda_takes_beside_it():

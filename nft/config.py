@@ -23,9 +23,11 @@ class PolicyModelRecipe(ModelRecipe):
     """float32 or bfloat16, of the autoencoder; float16 overflows in it."""
     vae_slicing: bool = False
     """Decode one image at a time: the decoder's memory no longer grows with rollout.micro_batch."""
-    compile: bool = False
-    """Compile the transformer's blocks with torch.compile: minutes at the start, shorter steps from then on. The metric
-    train/recompilations counts what is compiled after the first epoch, which should be nothing."""
+    compile: bool | None = None
+    """Compile the transformer's blocks and the value models' networks with torch.compile: minutes at the start, shorter
+    steps from then on. null: on a GPU where Triton, a C compiler and Python.h are found, without ZeRO-3 and without
+    model.deterministic; the plan says which, and why. The metric train/recompilations counts the graphs that rollouts
+    and updates compile after a process's first epoch, which should be none."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -35,8 +35,6 @@ def make_policy(recipe: Recipe, generator: Generator) -> Policy:
     lora = recipe.lora
     targets = lora.targets or list(generator.family.lora_targets)
     policy = Policy(generator.transformer, lora.rank, lora.alpha, targets, recipe.seed, init=lora.init)
-    if recipe.model.compile:
-        generator.compile_blocks()
     if lora.start:
         policy.start_from(read_lora(Path(lora.start).expanduser()))
     return policy

@@ -34,6 +34,11 @@ class Scorer:
         """
         self.values = load_for(self.folders, generator, shared)
 
+    def compile_values(self) -> None:
+        """Compile the value models' networks behind the blocks, each at its first call."""
+        for model in self.values.values():
+            model.network.compile()
+
     def _total(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         total = sum(self.weights[name] * values.to(self.device) for name, values in scores.items())
         return scores | {"total": torch.as_tensor(total)}

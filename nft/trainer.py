@@ -1,5 +1,6 @@
 """The online loop: roll out, score, update, and look."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from tqdm import tqdm
 from nft.audit import Audit, Auditor
 from nft.backend import zero_stage
 from nft.collector import Collector
+from nft.compilation import compilation
 from nft.config import Recipe
 from nft.cost.micro_batch import fit_devices
 from nft.cost.plan import announce, recipe_geometry
@@ -53,6 +55,10 @@ class Trainer:
         # Blocks that ZeRO-3 shards cannot run apart from the rest: value models load their own.
         scorer.load_values(generator, shared=zero_stage(accelerator) < 3)
         policy = make_policy(recipe, generator)
+        self.compiled = compilation(recipe.model, accelerator.device, zero_stage(accelerator))
+        if self.compiled.on:
+            generator.compile_blocks()
+            scorer.compile_values()
         self.learner = learner = Learner(
             train,
             policy,
@@ -75,13 +81,13 @@ class Trainer:
             held_out,
             cache=self.cache,
             scorer=scorer,
-            untrained=UntrainedLatents(evaluation.cache, recipe.model, generator),
+            untrained=UntrainedLatents(evaluation.cache, replace(recipe.model, compile=self.compiled.on), generator),
             evaluation=evaluation,
             micro_batch=size,
             starts_as_base=not recipe.lora.start,
             **shared,
         )
-        self.cost = announce(fitted, accelerator.num_processes, tqdm.write) if self.main else {}
+        self.cost = announce(fitted, accelerator.num_processes, self.compiled, tqdm.write) if self.main else {}
         self._start()
 
     def _start(self) -> None:
@@ -153,7 +159,7 @@ class Trainer:
     def _recompiled(self, graphs: int) -> dict[str, float]:
         """Report the graphs that rollouts and update compiled; all are expected in the first epoch of a process."""
         expected, self.compiles = self.compiles, False
-        if expected or not self.recipe.model.compile:
+        if expected or not self.compiled.on:
             return {}
         if graphs and self.main:
             tqdm.write(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nft.compilation import compilation
 from nft.config import Recipe
 from nft.cost.micro_batch import device_memory, fit
 from nft.models import make_policy, save_memory
@@ -70,6 +71,9 @@ class Bench:
         self.generator = random_generator(recipe.model, device, vae_dtype)
         save_memory(self.generator, recipe)
         self.policy = make_policy(recipe, self.generator)
+        self.compiled = compilation(recipe.model, device).on
+        if self.compiled:
+            self.generator.compile_blocks()
         for adapter in ADAPTERS:
             for parameter in self.policy.tensors(adapter).values():
                 parameter.data = torch.randn_like(parameter, device=device) * 0.01
@@ -160,6 +164,8 @@ class Bench:
             clip, head = random_clip(model, self.device), BackboneHead.of(self.generator)
             width = head.width(block, self.generator.latent_shape[0])
             network: nn.Module = ValueNetwork(width, RewardTail(clip, cut)).to(self.device).eval()
+            if self.compiled:
+                network.compile()
 
             def stitched(network=network, head=head, block=block) -> Tensor:
                 sigma = torch.full((len(self.rollout.samples),), 0.7, device=self.device)
@@ -195,7 +201,7 @@ def _calls_per_sample(recipe: Recipe, phase: str) -> float:
 def measure(recipe: Recipe, repeats: int, device: torch.device) -> dict[str, Any]:
     """Return rows by phase and their sums: milliseconds, GFLOP and peak MiB per sample, and its calls per epoch.
 
-    A row's `share` is its part of the device's peak. With model.compile, phases of the transformer also have
+    A row's `share` is its part of the device's peak. Where `compilation` says so, phases of the transformer also have
     `compiled_regions`, the compiled regions that a call runs; a phase that runs none raises RuntimeError.
     `images_per_second` is what one process does of whole epochs, without evaluation and encoding. Raises InputError for
     a model whose shapes are not known here, or for another objective than nft.
@@ -218,7 +224,7 @@ def measure(recipe: Recipe, repeats: int, device: torch.device) -> dict[str, Any
     if recipe.train.beta_kl > 0:
         calls["reference"] = (bench.reference, batch)
     for name, (call, samples) in calls.items():
-        compiled = recipe.model.compile and name.split(":")[0] in COMPILED
+        compiled = bench.compiled and name.split(":")[0] in COMPILED
         rows.append({"phase": name} | timed(call, samples, device, repeats, compiled=compiled))
     peak, source = peak_teraflops(device, recipe.model.torch_dtype)
     for row in rows:

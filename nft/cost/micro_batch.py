@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
+from nft.compilation import compilation_here
 from nft.config import Recipe
 from nft.cost.memory import GIB, memory, with_overhead
 from nft.cost.plan import cost_lines, work_lines
@@ -126,5 +127,5 @@ def print_plan(recipe: Recipe, processes: int) -> None:
     """Print the whole plan of a recipe on so many processes, each with a device like this one's."""
     available = device_memory()
     fitted = fit(recipe, processes, available)
-    lines = [*work_lines(fitted, processes), *auto_lines(recipe, available), *cost_lines(fitted, processes)]
-    print("\n".join(lines))
+    lines = [*work_lines(fitted, processes), *auto_lines(recipe, available), compilation_here(recipe.model).line()]
+    print("\n".join([*lines, *cost_lines(fitted, processes)]))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from nft.compilation import Compilation
 from nft.config import Recipe
 from nft.cost.memory import CONTEXT, GIB, RESERVE, memory, with_overhead
 from nft.cost.shapes import Costs, costs
@@ -72,12 +73,12 @@ def work(recipe: Recipe, geometry: Geometry, cost: Costs) -> dict[str, float]:
     }
 
 
-def announce(recipe: Recipe, processes: int, write: Callable[[str], None]) -> dict[str, float]:
+def announce(recipe: Recipe, processes: int, compiled: Compilation, write: Callable[[str], None]) -> dict[str, float]:
     """Write what a run will do and whether it will fit, and return what an epoch costs.
 
     `cost/teraflop` is over all processes; it is missing for a model whose shapes are not known here.
     """
-    lines = [*work_lines(recipe, processes), threads_line()]
+    lines = [*work_lines(recipe, processes), compiled.line(), threads_line()]
     try:
         cost = costs(recipe)
     except InputError:

@@ -74,7 +74,8 @@ def cut(path: str, folder: Path) -> tuple[Recipe, list[str]]:
     """Return a recipe with fewer repetitions of the same work, and the settings that say so.
 
     Two full micro batches of training, one of evaluation, and few steps and levels remain: peaks of memory do not grow
-    with these numbers, except for what is kept of every sample, which the plan counts too.
+    with these numbers, except for what is kept of every sample, which the plan counts too. Nothing is compiled: the
+    stand-in device has no compiler.
     """
     whole = fit(load_recipe(path), 1, device_memory())
     batch, trained, evaluated = (part.micro_batch for part in (whole.rollout, whole.train, whole.evaluation))
@@ -90,6 +91,7 @@ def cut(path: str, folder: Path) -> tuple[Recipe, list[str]]:
         "evaluation.grid=1",
         "audit.samples=8",
         "audit.on_drift=warn",
+        "model.compile=false",
     ]
     less.append("rollout.steps=3")
     most = 1 if whole.rollout.stop_window else 2  # levels

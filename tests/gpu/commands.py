@@ -4,7 +4,10 @@ import json
 from functools import partialmethod
 from pathlib import Path
 
+from torch import nn
+
 from stitchvm_reward.diffusion.generator import Generator
+from stitchvm_reward.stitching.value_model import ValueNetwork
 from tests.gpu.setting import Findings, Setting, command
 
 PROMPT = "a red cross, white background"
@@ -93,6 +96,7 @@ def benchmark(setting: Setting) -> Findings:
     small = [] if setting.cuda else ["rollout.micro_batch=2", "model.text_length=5"]
     if not setting.cuda:
         Generator.compile_blocks = partialmethod(Generator.compile_blocks, backend="aot_eager")  # type: ignore
+        ValueNetwork.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore
         found.skipped["code generation by inductor"] = "needs a GPU"
         found.skipped["the shares that are wanted"] = "they are for a GPU"
     wanted: dict[str, dict[str, float]] = {}

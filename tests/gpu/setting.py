@@ -93,6 +93,7 @@ class Setting:
         given += list(SMALL) if self.cuda else [*TINY, "epochs=2", "tracking=[jsonl]", "evaluation.metrics=[]"]
         pixel = f"{{kind: aesthetic, model: {self.clip}, head: {self.head}}}"
         value = f"{{kind: value, value_model: {self.value_model}}}"
+        given.append("model.compile=false")  # compiled code has steps of its own
         stopped = "stopped" in run
         given.append(f"rewards=[{value if stopped else pixel}]")
         if stopped:

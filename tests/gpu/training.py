@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import nft.rollout
+from nft.compilation import compilation
 from nft.config import Recipe, load_recipe
 from nft.cost.plan import memory, recipe_geometry, work
 from nft.cost.shapes import costs
@@ -229,6 +231,8 @@ def compiled(setting: Setting) -> Findings:
         outputs[-1].square().mean().backward()
         return [output.detach() for output in outputs]
 
+    decided = compilation(replace(recipe.model, compile=None), setting.device)
+    found.check("blocks are compiled by default where there is a GPU", decided.on == setting.cuda, decided.line())
     eager = velocities()
     if setting.cuda:
         generator.compile_blocks()

@@ -16,6 +16,7 @@ from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import SD3, architecture_of
 from stitchvm_reward.measure import flop_counter
+from stitchvm_reward.stitching.value_model import ValueNetwork
 
 CPU = torch.device("cpu")
 SMALL = ("rollout.micro_batch=2", "lora.rank=4", "model.text_length=5")
@@ -63,12 +64,13 @@ def test_forwards_that_a_recipe_does_without_are_not_run():
 @pytest.mark.slow
 def test_what_a_recipe_compiles_is_measured_compiled(monkeypatch):
     monkeypatch.setattr(Generator, "compile_blocks", partialmethod(Generator.compile_blocks, backend="eager"))
+    monkeypatch.setattr(ValueNetwork, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
     torch._dynamo.reset()
     rows = by_phase("recipes/shapes/stopped.yaml", "model.compile=true")
     blocks = 6
     assert {name: row["compiled_regions"] for name, row in rows.items() if "compiled_regions" in row} == {
         "rollout step": blocks,
-        "stitched score: aesthetic": 4,  # the value model's backbone has so many blocks
+        "stitched score: aesthetic": 4 + 1,  # the backbone's blocks and the network behind them
         "training level": blocks,
     }
     eager = by_phase("recipes/shapes/stopped.yaml")

@@ -13,6 +13,8 @@ from nft.export.lora import read_lora
 from nft.preflight import check_recipe
 from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.stitching.value_model import ValueNetwork
+from tests.tiny import STOPPED
 
 EPOCHS = "epochs=1"
 
@@ -84,7 +86,11 @@ def test_blocks_that_compile_again_after_the_first_epoch_are_counted_and_told(
     make_trainer, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.setattr(Generator, "compile_blocks", partialmethod(Generator.compile_blocks, backend="eager"))
-    trainer = make_trainer(tmp_path / "run", "model.compile=true", "epochs=3")
+    monkeypatch.setattr(ValueNetwork, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    trainer = make_trainer(tmp_path / "run", *STOPPED, "model.compile=true", "epochs=3")
+    assert "model.compile is true" in "".join(capfd.readouterr())
+    networks = [model.network for model in trainer.held_out.scorer.values.values()]
+    assert networks and all(network._compiled_call_impl is not None for network in networks)
     assert "train/recompilations" not in trainer.run_epoch()
     assert trainer.run_epoch()["train/recompilations"] == 0
     assert "TORCH_LOGS" not in "".join(capfd.readouterr())

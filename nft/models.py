@@ -12,17 +12,22 @@ from stitchvm_reward.diffusion.generator import Generator
 
 
 def load_generator(recipe: Recipe, device: torch.device, transformer: Any = None) -> Generator:
-    """Load the recipe's generator, with the recipe's ways to save memory. Raises InputError.
+    """Load the recipe's generator, set up as the recipe says. Raises InputError.
 
     `transformer` is its transformer where it has been loaded already, as `load_sharded` does.
     """
     generator = Generator.load(recipe.model, device, getattr(torch, recipe.model.vae_dtype), transformer)
-    save_memory(generator, recipe)
+    configure(generator, recipe)
     return generator
 
 
-def save_memory(generator: Generator, recipe: Recipe) -> None:
-    """Slice decoding and checkpoint blocks where the recipe says so; only draft runs the decoder with gradient."""
+def configure(generator: Generator, recipe: Recipe) -> None:
+    """Slice decoding and checkpoint blocks where the recipe says so; only draft runs the decoder with gradient.
+
+    A bfloat16 autoencoder's weights get the layout in which tensor cores convolve.
+    """
+    if recipe.model.vae_dtype == "bfloat16":
+        generator.vae.to(memory_format=torch.channels_last)
     if recipe.model.vae_slicing:
         generator.vae.enable_slicing()
     if recipe.train.gradient_checkpointing:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nft.compilation import compilation
 from nft.config import Recipe
 from nft.cost.micro_batch import device_memory, fit
-from nft.models import make_policy, save_memory
+from nft.models import configure, make_policy
 from nft.objectives.nft import NFT
 from nft.objectives.objective import Parts
 from nft.optimization import make_optimizer
@@ -69,7 +69,7 @@ class Bench:
         self.recipe, self.device = recipe, device
         vae_dtype = getattr(torch, recipe.model.vae_dtype)
         self.generator = random_generator(recipe.model, device, vae_dtype)
-        save_memory(self.generator, recipe)
+        configure(self.generator, recipe)
         self.policy = make_policy(recipe, self.generator)
         self.compiled = compilation(recipe.model, device).on
         if self.compiled:

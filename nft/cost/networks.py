@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from nft.config import Recipe
-from nft.models import save_memory
+from nft.models import configure
 from nft.policy import Policy
 from nft.preflight import builder_of
 from stitchvm_reward.diffusion.backbone import BackboneHead
@@ -63,7 +63,7 @@ class Networks:
         self.generator = Generator(family, transformer, vae, guidance=guidance, **options)
         self.base_bytes, self.vae_bytes = module_bytes(transformer), module_bytes(vae)
         self.base_parameters = sum(p.numel() for p in transformer.parameters())
-        save_memory(self.generator, recipe)
+        configure(self.generator, recipe)
         targets = recipe.lora.targets or list(family.lora_targets)
         with META:
             self.policy = Policy(transformer, recipe.lora.rank, recipe.lora.alpha, targets, recipe.seed)

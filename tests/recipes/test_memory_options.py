@@ -1,18 +1,25 @@
 """What a recipe does to fit a device changes memory and time, not what is learnt."""
 
+from dataclasses import replace
 from functools import partialmethod
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from scipy.stats import spearmanr
 
+from miniature.images import write
 from nft.config import load_recipe
 from nft.cost.memory import memory
 from nft.cost.plan import too_large
 from nft.cost.shapes import costs
 from nft.export.lora import read_lora
+from nft.models import load_generator
 from nft.preflight import check_recipe
 from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.rewards import load_reward
 from stitchvm_reward.stitching.value_model import ValueNetwork
 from tests.tiny import STOPPED
 
@@ -128,6 +135,28 @@ def test_the_autoencoder_decodes_in_bfloat16_nearly_as_in_float32(make_trainer, 
     images, exact = trainer.learner.generator.decode(latents), straight.learner.generator.decode(latents)
     assert images.dtype == torch.float32
     assert 0 < (images - exact).abs().mean() < 0.02
+
+
+@pytest.mark.slow
+def test_a_bfloat16_decoder_is_laid_out_channels_last_and_keeps_the_ranks_of_scores(overrides, tmp_path):
+    write(256, tmp_path / "scenes")
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((tmp_path / "scenes").glob("*.png"))]
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    recipe = load_recipe("recipes/shapes/aesthetic.yaml", overrides(tmp_path / "run"))
+    exact, small = (
+        load_generator(replace(recipe, model=replace(recipe.model, vae_dtype=dtype)), torch.device("cpu"))
+        for dtype in ("float32", "bfloat16")
+    )
+    kernels = [next(weight for weight in vae.parameters() if weight.ndim == 4) for vae in (exact.vae, small.vae)]
+    assert [kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels] == [False, True]
+    reward = load_reward(recipe.rewards[0], torch.device("cpu"))
+    with torch.no_grad():
+        latents = torch.cat([exact.encode(part) for part in images.split(64)])
+        scores = [
+            reward.score(torch.cat([generator.decode(part) for part in latents.split(64)]), [])
+            for generator in (exact, small)
+        ]
+    assert not torch.equal(*scores) and spearmanr(*(score.numpy() for score in scores)).statistic >= 0.999
 
 
 def test_training_goes_on_from_a_lora_file(make_trainer, straight, tmp_path):

@@ -190,8 +190,19 @@ def _pinned(tensor: Tensor, *_, **__) -> Tensor:
     return copied
 
 
+_kernels = torch.library.Library("aten", "IMPL")
+
+
+def _kernel(*_: Any) -> None:
+    raise AssertionError("an operation on the device was not seen")
+
+
 def install() -> None:
-    """Replace what cannot be seen by a dispatch mode: the choice of attention's kernel, and pinned memory."""
+    """Replace what cannot be seen by a dispatch mode: the choice of kernels, and pinned memory.
+
+    SiLU's backward pass is one kernel on CUDA. A device for which no such kernel is registered takes it apart.
+    """
+    _kernels.impl("silu_backward", _kernel, "CUDA")
     F.scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention = fused_attention
     Tensor.pin_memory = _pinned  # type: ignore[method-assign,assignment]
     Tensor.is_pinned = lambda tensor, *_: getattr(tensor, "pinned_stand_in", False)  # type: ignore[method-assign]

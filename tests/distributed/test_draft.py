@@ -40,12 +40,13 @@ def runs(overrides, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ["full", "uneven"])
 def test_two_processes_compute_what_one_does(runs, backend, name):
     one, two = runs / "one" / name, runs / backend / name
-    # A linear layer adds its bias apart under ZeRO-3.
-    assert furthest(samples(two, 0), samples(one, 0)) <= (CLOSE if backend == "zero3" else 0)
+    # ZeRO-3 rounds otherwise: a linear layer adds its bias apart, and an adapter does not add in place.
+    sharded = backend == "zero3"
+    assert furthest(samples(two, 0), samples(one, 0)) <= (CLOSE if sharded else 0)
     assert loss_apart(one, two) <= CLOSE
     for epoch in range(1, LAST + 1):
-        found = weights(two, epoch)
-        assert furthest(weights(one, epoch), found) <= CLOSE  # the old policy's too, which a checkpoint may hold stale
+        found = weights(two, epoch)  # the old policy's too, which a checkpoint may hold stale
+        assert furthest(weights(one, epoch), found) <= (3 * CLOSE if sharded else CLOSE)
     assert furthest(weights(one, LAST), weights(one, 1)) > 10 * CLOSE
 
 

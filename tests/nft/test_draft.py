@@ -216,6 +216,7 @@ def test_a_group_may_be_a_single_sample(overrides, tmp_path):
     assert load_recipe("recipes/shapes/aesthetic.yaml", given).rollout.group_size == 1
 
 
+@pytest.mark.slow
 def test_the_plan_counts_what_is_run():
     recipe = load_recipe("recipes/draft_pixel.yaml", ["train.draft_steps=3"])
     found = costs(recipe)

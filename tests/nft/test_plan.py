@@ -55,11 +55,13 @@ def larger():
     return costs(load_recipe("recipes/aesthetic_published.yaml", overrides))
 
 
+@pytest.mark.slow
 def test_attn2_adds_layers_only_to_the_first_blocks(larger):
     assert larger.adapted_layers == 191 + 4 * 13 == 243
     assert larger.adapter_parameters == 18_776_064 + 4 * 13 * 2 * 32 * 1536
 
 
+@pytest.mark.slow
 def test_1024_pixels_cost_what_was_worked_out_by_hand(larger):
     found = larger
     assert found.forward_flops / 1e12 == pytest.approx(11.25, rel=0.02)

@@ -48,6 +48,7 @@ def published(*more: str):
     return load_recipe("recipes/aesthetic_pixel.yaml", list(more))
 
 
+@pytest.mark.slow
 def test_auto_is_the_largest_power_of_two_that_the_plan_says_fits():
     recipe = published("rollout.micro_batch=auto", "train.updates_per_epoch=1")
     available = 40 * GIB

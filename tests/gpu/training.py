@@ -71,13 +71,11 @@ def _rollout_and_gradient(recipe: Recipe, device: torch.device, folder: Path) ->
     cache = PromptCache(recipe.model, str(folder), device)
     cache.ensure(["a red cross, white background", "a blue circle"])
     table = cache.conditions(["a red cross, white background", "a blue circle"])
-    planned = plan_rollout([0, 1], [0, 1], table, torch.arange(2, device=device))
+    planned = plan_rollout(generator, [0, 1], [0, 1], table=table, rows=[0, 1], seed=0, epoch=0)
     with policy.using("old"):
         steps = recipe.rollout.steps
-        rollout = roll_out(
-            generator, generator.transformer, planned, generator.sigmas(steps), seed=0, epoch=0, solver="euler",
-            stops=[steps, steps],
-        )  # fmt: skip
+        sigmas, stops = generator.sigmas(steps), [steps, steps]
+        rollout = roll_out(generator, generator.transformer, planned, sigmas, solver="euler", stops=stops)
     level = torch.full((2,), 0.7, device=device)
     generator.velocity(rollout.anchor.detach(), level, rollout.conditions).square().mean().backward()
     gradient = torch.cat([t.grad.flatten() for t in policy.tensors("current").values() if t.grad is not None])

@@ -53,6 +53,7 @@ def encoded(monkeypatch) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_exactly_the_prompts_that_the_epochs_draw_are_encoded_and_the_result_is_that_of_encoding_all(
     train, digests, rows, settings, tmp_path, capsys
 ):

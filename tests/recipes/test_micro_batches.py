@@ -67,6 +67,7 @@ def test_auto_is_the_largest_power_of_two_that_the_plan_says_fits():
     assert "rollout.micro_batch, train.micro_batch, evaluation.micro_batch" in text and "40.0 GiB" in text
 
 
+@pytest.mark.slow
 def test_auto_shares_the_work_evenly():
     recipe = published("rollout.micro_batch=auto", "rollout.groups=18", "rollout.group_size=8")
     sizes = {processes: fit(recipe, processes, 10**15).rollout.micro_batch for processes in (1, 9, 18, 144)}

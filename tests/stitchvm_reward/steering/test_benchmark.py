@@ -1,5 +1,6 @@
 """What a steered step costs at a model's shapes."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ def by_method(rows):
     return {row["method"]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_flops_and_memory_are_the_same_counted_and_computed():
     recipe = load_stitch_recipe(RECIPE, ["backbone.block=4", "reward.block=1"])
     computed, counted = (by_method(guided_step_costs(recipe, 2.0, 1, CPU, shapes)) for shapes in (False, True))
@@ -44,6 +46,7 @@ def test_peak_memory_counts_what_lives_at_once_and_no_views():
     assert 16 < peak_mib(back, CPU) < 22  # gradients of 4 MiB each, and some activations
 
 
+@pytest.mark.slow
 def test_the_command_tells_steps_and_refuses_what_does_not_go_together(launched, tmp_path):
     code, out, error = launched("benchmark", RECIPE, "--steering", "--shapes-only", "--out", tmp_path / "found.json")
     assert code == 0 and "DPS + StitchVM" in out and (tmp_path / "found.json").exists(), error

@@ -20,15 +20,17 @@ TINY = (
     "evaluation.steps=2",
     "checkpoint.every=1",
 )
-# What makes a run one on rollouts that stop early: a value model, groups that stop at different steps, audits.
-STOPPED = (
-    "rewards=[{kind: value, value_model: miniature/weights/value/aesthetic}]",
+# Groups that stop at different steps, and audits that a few samples pass.
+EARLY = (
     "rollout.stop_window=[1,2]",
     "audit.every=1",
     "audit.samples=8",
     "audit.least_spearman=-1",
     "audit.most_slope=1e6",
+    "audit.most_bias=1e6",
 )
+# What makes a run one on rollouts that stop early.
+STOPPED = ("rewards=[{kind: value, value_model: miniature/weights/value/aesthetic}]", *EARLY)
 # What makes a run one that back-propagates its rewards.
 DRAFT = ("train.objective=draft", "train.old_schedule=0", "train.weight_decay=0", "train.beta_kl=.01")
 

@@ -5,7 +5,7 @@ code creates, found by running that code without values. Attention counts as the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,8 @@ from nft.config import Recipe
 from nft.cost.networks import META, Networks, module_bytes
 from nft.geometry import geometry_of
 from nft.objectives import objective_class
-from nft.objectives.draft import draft_loss
-from nft.objectives.nft import Batch, nft_loss
 from nft.policy import ADAPTERS
 from nft.prompts import in_rounds
-from nft.rollout import last_steps
-from stitchvm_reward.diffusion.path import bridge, per_sample
 from stitchvm_reward.diffusion.prompt_cache import BATCH as ENCODED_AT_ONCE
 from stitchvm_reward.diffusion.solvers import euler_step
 from stitchvm_reward.measure import fused_attention, peak_mib
@@ -97,45 +93,6 @@ def _encode(networks: Networks) -> float:
     return sum(module_bytes(module) for module, _ in encoders) + largest
 
 
-def _level(networks: Networks, batch: int) -> None:
-    """Run one noise level of the nft objective as `NFT.loss` does, and its backward pass."""
-    recipe, anchor, conditions = networks.recipe, networks.latents(batch), networks.conditions(batch)
-    train, t, tau = recipe.train, torch.zeros(batch, device=META), torch.zeros(batch, device=META)
-    noise = torch.zeros_like(anchor)
-    kept, added = bridge(per_sample(t, anchor), per_sample(tau, anchor))
-    noisy = kept * anchor + added * noise
-    velocity = networks.velocity(noisy, conditions, "current")
-    with torch.no_grad():
-        same_policy = train.old_schedule == 0 and train.updates_per_epoch == 1
-        old = velocity.detach() if same_policy else networks.velocity(noisy, conditions, "old")
-        reference = networks.velocity(noisy, conditions, None) if train.beta_kl > 0 else None
-    given = Batch(velocity, old, reference, anchor, noise, noisy, t, tau, t)
-    policy, kl, _ = nft_loss(given, train.beta, train.space)
-    (policy + train.beta_kl * kl).sum().backward()
-
-
-def _last_steps(networks: Networks, batch: int) -> None:
-    """Run the last solver steps and the reward of the draft objective as `Draft.loss` does, and the backward pass."""
-    recipe, latents, conditions = networks.recipe, networks.latents(batch), networks.conditions(batch)
-    levels = torch.zeros(recipe.train.draft_steps + 1, batch, dtype=torch.float64, device=META)
-    end, states, velocities = last_steps(
-        networks.generator,
-        networks.generator.transformer,
-        conditions,
-        latents,
-        levels=levels,
-        checkpointed=recipe.train.gradient_checkpointing,
-    )
-    references = None
-    if recipe.train.beta_kl > 0:
-        with torch.no_grad():
-            references = torch.stack([networks.velocity(z, conditions, None) for z in states.detach()])
-    stopped = bool(recipe.rollout.stop_window)
-    reward = networks.value(end) if stopped else networks.score(networks.generator.decode(end))
-    policy, kl = draft_loss(reward, velocities, references)
-    (policy + recipe.train.beta_kl * kl).sum().backward()
-
-
 def _needs(recipe: Recipe) -> Needs:
     networks = Networks(recipe)
     side, trained = recipe.model.resolution, networks.policy.tensors("current").values()
@@ -157,8 +114,7 @@ def _needs(recipe: Recipe) -> Needs:
             "score": working(lambda batch: networks.score(torch.zeros(batch, 3, side, side, device=META))),
             "value": working(lambda batch: networks.value(networks.latents(batch))),
         }
-    in_update = objective_class(recipe.train.objective).cost(recipe.train)
-    run = _last_steps if in_update.reward_gradient else _level
+    objective = objective_class(recipe.train.objective)
     adapter = sum(parameter.nbytes for parameter in trained)
     return Needs(
         frozen=networks.base_bytes + networks.vae_bytes,
@@ -170,7 +126,7 @@ def _needs(recipe: Recipe) -> Needs:
         encoders=_encode(networks),
         prompt=sum(tensor.nbytes for tensor in networks.prompt.tensors.values()),
         latents=4 * networks.latents(1).numel(),
-        train=working(lambda batch: run(networks, batch)),
+        train=working(lambda batch: objective.training_pass(networks, batch)),
         **frozen_calls,
     )
 
@@ -196,9 +152,8 @@ def needs(recipe: Recipe) -> Needs:
     Raises InputError for a model whose shapes are not known here.
     """
     train, window = recipe.train, bool(recipe.rollout.stop_window)
-    passes = train.objective, train.draft_steps, train.gradient_checkpointing, train.beta_kl > 0
-    same_policy = train.old_schedule == 0 and train.updates_per_epoch == 1
-    key = repr((recipe.model, recipe.lora, recipe.rewards, window, passes, same_policy))
+    passes = replace(train, micro_batch=None, updates_per_epoch=min(train.updates_per_epoch, 2))
+    key = repr((recipe.model, recipe.lora, recipe.rewards, window, passes))
     if key not in _known:
         _known[key] = _needs(recipe)
     return _known[key]

@@ -17,6 +17,7 @@ from nft.objectives.objective import (
     ObjectiveSettings,
     Parts,
     SampleCost,
+    Shapes,
     per_sample_mean,
     summed,
 )
@@ -94,6 +95,24 @@ class Draft(Objective):
             f"the reward back-propagated through {last}, beta_kl {train.beta_kl:g}",
             f"{rounds} forward and backward passes through {last} and the reward",
         )
+
+    @staticmethod
+    def training_pass(shapes: Shapes, batch: int) -> None:
+        recipe, latents, generator = shapes.recipe, shapes.latents(batch), shapes.generator
+        train, conditions = recipe.train, shapes.conditions(batch)
+        levels = torch.zeros(train.draft_steps + 1, batch, dtype=torch.float64, device=latents.device)
+        checkpointed = train.gradient_checkpointing
+        end, states, velocities = last_steps(
+            generator, generator.transformer, conditions, latents, levels=levels, checkpointed=checkpointed
+        )
+        references = None
+        if train.beta_kl > 0:
+            with torch.no_grad():
+                references = torch.stack([shapes.velocity(z, conditions, None) for z in states.detach()])
+        stopped = bool(recipe.rollout.stop_window)
+        reward = shapes.value(end) if stopped else shapes.score(generator.decode(end))
+        policy, kl = draft_loss(reward, velocities, references)
+        (policy + train.beta_kl * kl).sum().backward()
 
     def learn(self, rollouts: list[Rollout], epoch: int) -> Learned:
         self.finished, self.reward = {}, RunningMean()

@@ -16,6 +16,7 @@ from nft.objectives.objective import (
     ObjectiveSettings,
     Parts,
     SampleCost,
+    Shapes,
     per_sample_mean,
     summed,
 )
@@ -182,6 +183,21 @@ class NFT(Objective):
             f"{choice} levels per sample, {train.space} space, beta {train.beta:g}, beta_kl {train.beta_kl:g}{some}",
             f"{rounds * train.levels_per_sample} forward and backward passes",
         )
+
+    @staticmethod
+    def training_pass(shapes: Shapes, batch: int) -> None:
+        train, anchor, conditions = shapes.recipe.train, shapes.latents(batch), shapes.conditions(batch)
+        noise, t = torch.zeros_like(anchor), anchor.new_zeros(batch)
+        kept, added = bridge(per_sample(t, anchor), per_sample(t, anchor))
+        noisy = kept * anchor + added * noise
+        velocity = shapes.velocity(noisy, conditions, "current")
+        with torch.no_grad():
+            same_policy = train.old_schedule == 0 and train.updates_per_epoch == 1
+            old = velocity.detach() if same_policy else shapes.velocity(noisy, conditions, "old")
+            reference = shapes.velocity(noisy, conditions, None) if train.beta_kl > 0 else None
+        given = Batch(velocity, old, reference, anchor, noise, noisy, t, t, t)
+        policy, kl, _ = nft_loss(given, train.beta, train.space)
+        (policy + train.beta_kl * kl).sum().backward()
 
     def learn(self, rollouts: list[Rollout], epoch: int) -> Learned:
         samples = self.learner.geometry.samples

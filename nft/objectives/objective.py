@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from nft.learner import Learner
 from nft.rollout import Rollout, RolloutRecipe
 from stitchvm_reward.diffusion.generator import Generator
+from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.runs.rank_sync import RankSync
 from stitchvm_reward.runs.recipe import at_least
 
@@ -73,6 +74,23 @@ class SampleCost:
     reward_gradient: bool = False
 
 
+class Shapes(Protocol):
+    """A recipe's networks without weights, on the meta device; see nft.cost.networks.Networks."""
+
+    recipe: Any
+    generator: Generator
+
+    def conditions(self, count: int) -> Conditions: ...
+
+    def latents(self, count: int) -> Tensor: ...
+
+    def velocity(self, latents: Tensor, conditions: Conditions, adapter: str | None) -> Tensor: ...
+
+    def score(self, images: Tensor) -> Tensor: ...
+
+    def value(self, latents: Tensor) -> Tensor: ...
+
+
 class Objective(ABC):
     """How rollouts become an update of the adapters.
 
@@ -109,6 +127,14 @@ class Objective(ABC):
     @abstractmethod
     def describe(train: Any, rollout: RolloutRecipe, rounds: int) -> tuple[str, str]:
         """Return what is trained on, and what passes `rounds` micro batches come to, as the plan prints them."""
+
+    @staticmethod
+    @abstractmethod
+    def training_pass(shapes: Shapes, batch: int) -> None:
+        """Run the forward and backward pass of one loss of a micro batch, on tensors without values.
+
+        The plan takes the memory of an update from it.
+        """
 
     @abstractmethod
     def learn(self, rollouts: list[Rollout], epoch: int) -> Learned:

@@ -14,7 +14,7 @@ from nft.config import load_recipe
 from nft.preflight import check_recipe
 from nft.value_models import build_plan, missing
 from stitchvm_reward.errors import InputError
-from tests.tiny import ROOT
+from tests.tiny import EARLY, ROOT
 
 RECIPE = "recipes/shapes/from_nothing.yaml"
 STITCH = """
@@ -40,15 +40,7 @@ def stitched(folder: Path, name: str = "value_model", resolution: int = 64) -> t
     recipe = STITCH.format(root=ROOT, folder=folder) + f"model: {{resolution: {resolution}}}\n"
     (folder / "stitch.yaml").write_text(recipe)
     reward = f"{{kind: value, value_model: {folder}/built/{name}, stitch: {folder}/stitch.yaml}}"
-    return (
-        f"rewards=[{reward}]",
-        "rollout.stop_window=[1,2]",
-        "audit.every=1",
-        "audit.samples=8",
-        "audit.least_spearman=-1",
-        "audit.most_slope=1e6",
-        "audit.most_bias=1e6",
-    )
+    return f"rewards=[{reward}]", *EARLY
 
 
 def test_what_a_run_will_build_is_in_its_plan(launched, overrides, tmp_path):

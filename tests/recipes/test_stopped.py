@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from nft.config import load_recipe
 from nft.preflight import check_recipe
 from stitchvm_reward.errors import InputError
+from tests.tiny import EARLY
 
 RECIPE = "recipes/shapes/aesthetic.yaml"
 
@@ -18,15 +19,7 @@ def stopped(aesthetic_folder):
     """stopped(folder) -> overrides that make a recipe stop early and score by that value model."""
 
     def of(folder=aesthetic_folder):
-        return (
-            f"rewards=[{{kind: value, value_model: {folder}}}]",
-            "rollout.stop_window=[1,2]",
-            "audit.every=1",
-            "audit.samples=8",
-            "audit.least_spearman=-1",
-            "audit.most_slope=1e6",
-            "audit.most_bias=1e6",
-        )
+        return f"rewards=[{{kind: value, value_model: {folder}}}]", *EARLY
 
     return of
 

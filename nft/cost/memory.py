@@ -60,8 +60,9 @@ class Needs:
     """Bytes that stay on the device, and what each kind of call needs beside them.
 
     `frozen` are the transformer and the autoencoder, `rewards` what scores images, `values` the value networks,
-    `adapters` all adapters; `gradient` and `moments` are those of the trained one, in 32 bits each. `encoders` are the
-    text encoders with what they compute, `prompt` the conditions of one prompt, `latents` those of one sample.
+    `adapters` all adapters with their copies in the base's number format; `gradient` and `moments` are those of the
+    trained one, in 32 bits each. `encoders` are the text encoders with what they compute, `prompt` the conditions of
+    one prompt, `latents` those of one sample.
     """
 
     frozen: int
@@ -87,7 +88,7 @@ def _encode(networks: Networks) -> float:
 
     def encode(module: torch.nn.Module, length: int) -> Any:
         tokens = torch.zeros(ENCODED_AT_ONCE, length, dtype=torch.long, device=META)
-        return module(tokens, output_hidden_states=True)
+        return module(tokens)
 
     largest = max(peak_bytes(partial(encode, *one)) for one in encoders)
     return sum(module_bytes(module) for module, _ in encoders) + largest
@@ -99,6 +100,9 @@ def _needs(recipe: Recipe) -> Needs:
     with META:
         for parameter in trained:  # gradients of earlier micro batches are there
             parameter.grad = torch.zeros_like(parameter)
+
+    # Adapters that do not train keep a copy in the base's number format, which their first use makes.
+    copies = sum(peak_bytes(partial(networks.adopt, name)) for name in ("old", "ema"))
 
     def step(batch: int) -> Any:
         latents, conditions = networks.latents(batch), networks.conditions(batch)
@@ -120,7 +124,7 @@ def _needs(recipe: Recipe) -> Needs:
         frozen=networks.base_bytes + networks.vae_bytes,
         rewards=sum(module_bytes(clip) for _, clip in networks.pixel),
         values=sum(module_bytes(network) for _, network in networks.values),
-        adapters=len(ADAPTERS) * adapter,
+        adapters=len(ADAPTERS) * adapter + int(copies),
         gradient=adapter,
         moments=2 * adapter,
         encoders=_encode(networks),

@@ -107,6 +107,11 @@ class Networks:
         with self.policy.using(adapter):
             return self.generator.velocity(latents, torch.zeros(len(latents), device=META), conditions)
 
+    def adopt(self, adapter: str) -> None:
+        """Switch to an adapter and back, which makes what the network keeps of it."""
+        with self.policy.using(adapter):
+            pass
+
     def score(self, images: Tensor) -> Tensor:
         """Return the summed embeddings of images by all CLIP models, (batch,)."""
         sums = [pixel_embedding(clip, kind, images).float().sum(-1) for kind, clip in self.pixel]

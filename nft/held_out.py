@@ -19,6 +19,15 @@ from stitchvm_reward.runs.geometry import share
 from stitchvm_reward.runs.rank_sync import RankSync
 
 
+def held_out_metrics(scores: dict[str, Tensor]) -> dict[str, float]:
+    """Return the mean and the spread (sample standard deviation) of each measure's scores (prompts,) as metrics."""
+    metrics = {}
+    for name, values in scores.items():
+        metrics[f"held_out/{name}"] = float(values.mean())
+        metrics[f"held_out/{name}_std"] = float(values.std())
+    return metrics
+
+
 class HeldOut:
     """Samples held-out images of an adapter and measures them, `micro_batch` images at once.
 
@@ -64,10 +73,11 @@ class HeldOut:
         """Return the adapter that an evaluation looks at. Adapters that are still zero need not be computed."""
         return None if epoch == 0 and self.starts_as_base else "ema"
 
-    def evaluate(self, epoch: int) -> tuple[dict[str, float], Tensor]:
-        """Return rewards and measures of the averaged policy over all processes, and the first `grid` images in bytes.
+    def evaluate(self, epoch: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the averaged policy's rewards and measures and its first `grid` images in bytes, over all processes.
 
-        Raises SharedError where a reward is not finite.
+        Scores are (prompts,) on the CPU, in the order of the prompts; `held_out_metrics` sums them up. Raises
+        SharedError where a reward is not finite.
         """
         count = len(self.prompts)
         scores: dict[str, list[tuple[list[int], Tensor]]] = {}
@@ -81,16 +91,14 @@ class HeldOut:
 
         with self.ranks.timings.phase("evaluate"):
             self._each_batch(f"epoch {epoch} evaluate", count, measure)
-            metrics = {}
+            found = {}
             for name in [*self.scorer.rewards, "total", *self.scorer.metrics]:
-                values = self.ranks.gather(scores.get(name, []), count)
+                found[name] = self.ranks.gather(scores.get(name, []), count).cpu()
                 if name not in self.scorer.metrics:
-                    check_finite(name, values)
-                metrics[f"held_out/{name}"] = float(values.mean())
-                metrics[f"held_out/{name}_std"] = float(values.std())
+                    check_finite(name, found[name])
             pictures = self._gather(shown)
         self.grids = {n: grid for n, grid in self.grids.items() if n == 0} | {epoch: pictures}
-        return metrics, pictures
+        return found, pictures
 
     def before_and_after(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return the first `grid` images of the base model and of the averaged policy after an epoch, in bytes.

@@ -15,7 +15,7 @@ from nft.config import Recipe
 from nft.cost.micro_batch import fit_devices
 from nft.cost.plan import announce, recipe_geometry
 from nft.export.lora import lora_header, save_lora
-from nft.held_out import HeldOut
+from nft.held_out import HeldOut, held_out_metrics
 from nft.learner import Learner, Tensors, on_cpu
 from nft.models import load_generator, make_policy
 from nft.objectives import objective_class
@@ -169,10 +169,11 @@ class Trainer:
         return {"train/recompilations": float(graphs)}
 
     def _evaluate(self) -> dict[str, float]:
-        metrics, pictures = self.held_out.evaluate(self.epoch)
+        scores, pictures = self.held_out.evaluate(self.epoch)
         if self.tracker is not None:
+            self.tracker.scores(self.epoch, scores)
             self.tracker.images(self.epoch, pictures)
-        return metrics
+        return held_out_metrics(scores)
 
     def _log(self, metrics: dict[str, float]) -> None:
         metrics |= self.timings.take()

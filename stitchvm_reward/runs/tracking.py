@@ -1,10 +1,10 @@
 """What a run records while it trains: the time of its phases, and its metrics wherever the recipe sends them."""
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stitchvm_reward.errors import InputError, nearest
+from stitchvm_reward.runs.trackers.jsonl import JsonLines, read_rows
 
 TRACKERS = ("jsonl", "tensorboard", "wandb", "trackio")
 DEFAULT_TRACKERS = ("jsonl", "tensorboard")
@@ -92,14 +93,16 @@ def epoch_line(metrics: dict[str, float]) -> str:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Return the rows of a run's metrics.jsonl, without a last line that a crash cut short."""
-    path = folder / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    return read_rows(folder / "metrics.jsonl")
+
+
+def read_scores(folder: Path) -> dict[int, dict[str, list[float]]]:
+    """Return each held-out prompt's scores by epoch and measure, from a run's held_out.jsonl; none where it is absent.
+
+    Prompts are in the order of the run's list, and every epoch's images come from the same noise, so the scores of two
+    epochs are pairs.
+    """
+    return {row["epoch"]: row["scores"] for row in read_rows(folder / "held_out.jsonl")}
 
 
 def check_trackers(kinds: Iterable[str]) -> None:
@@ -128,6 +131,7 @@ class Tracker:
         kinds = dict.fromkeys(("jsonl", *kinds))
         check_trackers(kinds)
         self.writers = [_open(kind, folder, first, config) for kind in kinds]
+        self.folder, self.first = folder, first
 
     def log(
         self, epoch: int, step: int, metrics: dict[str, float], histograms: dict[str, Tensor] | None = None
@@ -137,6 +141,16 @@ class Tracker:
             writer.scalars(epoch, step, metrics)
             for name, values in (histograms or {}).items():
                 writer.histogram(epoch, name, values)
+
+    @cached_property
+    def held_out(self) -> JsonLines:
+        """Each held-out prompt's scores; only runs that evaluate have this file."""
+        return JsonLines(self.folder / "held_out.jsonl", self.first)
+
+    def scores(self, epoch: int, scores: dict[str, Tensor]) -> None:
+        """Append each held-out prompt's scores (prompts,), by measure, to held_out.jsonl; see `read_scores`."""
+        rounded = {name: [float(f"{value:.7g}") for value in values.tolist()] for name, values in scores.items()}
+        self.held_out.append({"epoch": epoch, "scores": rounded})
 
     def images(self, epoch: int, images: Tensor) -> None:
         """Show held-out images (count, 3, h, w), always of the same noise, so that epochs can be compared."""
@@ -157,9 +171,7 @@ class Tracker:
 def _open(kind: str, folder: Path, first: int, config: dict[str, Any] | None) -> Any:
     # Imported here: a tracker that is not used need not be installed.
     if kind == "jsonl":
-        from stitchvm_reward.runs.trackers.jsonl import JsonLines
-
-        return JsonLines(folder, [row for row in read_metrics(folder) if row["epoch"] < first])
+        return JsonLines(folder / "metrics.jsonl", first)
     if kind == "tensorboard":
         from stitchvm_reward.runs.trackers.tensorboard import TensorBoard
 

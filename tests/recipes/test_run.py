@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nft.config import load_recipe
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.runs.tracking import read_scores
 
 MODEL = "miniature/weights/sd3"
 USER_REWARDS = """
@@ -91,6 +92,11 @@ def test_metrics_have_a_finite_row_for_every_epoch_and_for_the_untrained_policy(
     # A checkpoint is written behind the row of its epoch, so the next row tells how long that took.
     assert all(row["seconds/save"] > 0 for row in rows[2:])
     assert len({row["held_out/aesthetic"] for row in rows}) == len(rows), "the evaluated policy must change"
+    scores = read_scores(folder)
+    assert list(scores) == [0, 1, 2, 3] and set(scores[0]) == set(measures)
+    for row in rows:
+        each = scores[row["epoch"]]["true_aesthetic"]
+        assert len(each) == 4 and row["held_out/true_aesthetic"] == pytest.approx(sum(each) / len(each), rel=1e-5)
 
 
 def test_tensorboard_shows_the_metrics_the_pictures_and_the_optimality(finished):

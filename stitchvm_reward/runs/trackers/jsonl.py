@@ -1,25 +1,45 @@
-"""Metrics as metrics.jsonl in the run folder: one row per epoch."""
+"""Files of one JSON row per epoch in the run folder: metrics.jsonl and held_out.jsonl."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from stitchvm_reward.files import staged
 
 
-class JsonLines:
-    """Starts metrics.jsonl from the `kept` rows of an earlier start and appends to it. Pictures are not written."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file, without a last line that a crash cut short; none where there is no file."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
-    def __init__(self, folder: Path, kept: list[dict[str, float]]):
-        self.path = folder / "metrics.jsonl"
-        with staged(self.path) as file:
+
+class JsonLines:
+    """Keeps the rows before epoch `first` that an earlier start left in `path`, and appends to them.
+
+    Pictures are not written.
+    """
+
+    def __init__(self, path: Path, first: int):
+        self.path = path
+        kept = [row for row in read_rows(path) if row["epoch"] < first]
+        with staged(path) as file:
             file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
-    def scalars(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+    def append(self, row: dict[str, Any]) -> None:
         """Append the row of an epoch."""
         with self.path.open("a") as file:
-            file.write(json.dumps({"epoch": epoch, "step": step} | metrics) + "\n")
+            file.write(json.dumps(row) + "\n")
+
+    def scalars(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        """Append the metrics of an epoch."""
+        self.append({"epoch": epoch, "step": step} | metrics)
 
     def histogram(self, epoch: int, name: str, values: Tensor) -> None:
         """Do nothing."""

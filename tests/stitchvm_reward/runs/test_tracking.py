@@ -8,7 +8,7 @@ import torch
 from nft.evaluation.summary import read_run, summary_lines
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.pictures import before_after, curves
-from stitchvm_reward.runs.tracking import Timings, Tracker, read_metrics
+from stitchvm_reward.runs.tracking import Timings, Tracker, read_metrics, read_scores
 
 
 def write(folder, rows):
@@ -39,6 +39,17 @@ def test_a_fresh_run_starts_an_empty_record(tmp_path):
     write(tmp_path, [row(0, 1.0)])
     Tracker(tmp_path, first=0).close()
     assert read_metrics(tmp_path) == []
+
+
+def test_each_prompts_scores_are_kept_by_epoch_and_a_resumed_run_writes_its_own_again(tmp_path):
+    first = Tracker(tmp_path, first=0)
+    first.scores(0, {"total": torch.tensor([1.0, 2.0])})
+    first.scores(2, {"total": torch.tensor([3.0, 1 / 3])})
+    again = Tracker(tmp_path, first=2)
+    again.scores(2, {"total": torch.tensor([5.0, 1 / 3])})
+    assert read_scores(tmp_path) == {0: {"total": [1.0, 2.0]}, 2: {"total": [5.0, 0.3333333]}}
+    Tracker(tmp_path / "stitch", first=0).close()
+    assert not (tmp_path / "stitch/held_out.jsonl").exists()
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.diffusion.path import denoised
-from stitchvm_reward.diffusion.solvers import sde_step
+from stitchvm_reward.diffusion.solvers import sde2_step
 from stitchvm_reward.families.family import Conditions, PartialForward, join_passes
 from stitchvm_reward.runs import randomness
 
@@ -43,6 +43,25 @@ def join(parts: list[Known]) -> Known:
     return Known(torch.cat(velocities) if velocities else None, passes)
 
 
+@dataclass(frozen=True)
+class Particles:
+    """Particles at one level, and what each of them takes along into its next step.
+
+    `latents` are (count, c, h, w) float32. `previous` are the clean latents that the last step predicted, guidance by
+    a value included, in the same layout; None before the first step, and for steps of first order. `known` is what is
+    computed of the latents' next forward pass.
+    """
+
+    latents: Tensor
+    previous: Tensor | None = None
+    known: Known = field(default_factory=Known)
+
+    def select(self, rows: Tensor) -> "Particles":
+        """Return some of the particles, which may be repeated."""
+        previous = None if self.previous is None else self.previous[rows]
+        return Particles(self.latents[rows], previous, self.known.select(rows))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Denoiser:
     """A generator with some prompts, and the chain of levels along which it moves particles.
@@ -50,7 +69,8 @@ class Denoiser:
     `prompts` have `conditions` (one row each) and `numbers` that address their noise. The latents of several
     particles are ordered by prompt: row n of (prompts * particles, c, h, w) belongs to prompt n // particles.
     `negative` (one row) is what the unguided branch reads; it is None where there is no such branch. `null_text` is
-    true if `negative` is also what the value models' backbone reads.
+    true if `negative` is also what the value models' backbone reads. `stochasticity` and `order` are those of
+    `Settings`.
     """
 
     generator: Generator
@@ -62,6 +82,7 @@ class Denoiser:
     guidance: float
     steps: int
     stochasticity: float
+    order: int
     micro_batch: int
     seed: int
 
@@ -132,22 +153,37 @@ class Denoiser:
         level = torch.full((len(latents),), sigma, device=latents.device)
         return self.generator.velocity(latents, level, conditions).float()
 
-    def start(self, particles: int) -> Tensor:
+    def start(self, particles: int) -> Particles:
         """Return the noise at the first level; each particle has its own."""
-        return self._noise(0, particles, 1)
+        return Particles(self._noise(0, particles, 1))
 
-    def advance(self, latents: Tensor, velocity: Tensor, step: int, proposals: int = 1) -> Tensor:
-        """Draw the latents of the next level, (count * proposals, c, h, w); proposals of one latent are adjacent.
+    def advance(self, particles: Particles, velocity: Tensor, step: int, proposals: int = 1) -> Particles:
+        """Draw the particles at the next level, count * proposals of them; proposals of one particle are adjacent.
 
         Prompt, particle and step address the noise; that of the first proposal does not depend on their number.
         """
-        sigma, following = self.sigmas[step], self.sigmas[step + 1]
-        clean = denoised(latents, velocity, torch.tensor(sigma))
+        count = len(particles.latents)
         if self.stochasticity == 0:
-            return sde_step(latents, clean, torch.zeros_like(latents), sigma, following, stochasticity=0.0)
-        noise = self._noise(step + 1, len(latents) // len(self.prompts), proposals)
-        latents, clean = (tensor.repeat_interleave(proposals, 0) for tensor in (latents, clean))
-        return sde_step(latents, clean, noise, sigma, following, stochasticity=self.stochasticity)
+            noise = torch.zeros_like(particles.latents).repeat_interleave(proposals, 0)
+        else:
+            noise = self._noise(step + 1, count // len(self.prompts), proposals)
+        if proposals > 1:
+            rows = torch.arange(count, device=noise.device).repeat_interleave(proposals)
+            particles, velocity = Particles(particles.latents, particles.previous).select(rows), velocity[rows]
+        return self.move(particles, velocity, noise, step)
+
+    def move(self, particles: Particles, velocity: Tensor, noise: Tensor, step: int) -> Particles:
+        """Return the particles at sigmas[step + 1], moved from sigmas[step] by `velocity` and `noise` of their layout.
+
+        The step is of first order if the particles have no previous prediction.
+        """
+        sigma, following = self.sigmas[step], self.sigmas[step + 1]
+        levels = (self.sigmas[step - 1] if step else None, sigma, following)
+        clean = denoised(particles.latents, velocity, torch.tensor(sigma))
+        latents = sde2_step(
+            particles.latents, clean, particles.previous, noise, levels, stochasticity=self.stochasticity
+        )
+        return Particles(latents, clean if self.order == 2 else None)
 
     def _noise(self, step: int, particles: int, proposals: int) -> Tensor:
         drawn = [

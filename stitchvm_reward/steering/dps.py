@@ -26,21 +26,23 @@ def dps(denoiser: Denoiser, value: Value, settings: Guidance, progress=iter) -> 
 
     With Tweedie's value, the gradient passes through the generator, the decoder and the reward (DPS, arXiv
     2209.14687). With a stitched value, it passes through the value model alone, and the value model's blocks begin the
-    velocity's pass if they are the generator's own. `progress` wraps the steps. Raises InputError if the latents do
-    not stay finite.
+    velocity's pass if they are the generator's own. Steps of second order extrapolate the prediction with the term: it
+    belongs to the velocity that is integrated, and the particle has moved along it. `progress` wraps the steps.
+
+    Raises InputError if the latents do not stay finite.
     """
-    latents, trace, sigmas = denoiser.start(1), [], denoiser.sigmas
+    particles, trace, sigmas = denoiser.start(1), [], denoiser.sigmas
     finite = []
     for step in progress(range(denoiser.steps)):
         scale, known = strength_at(settings, step, sigmas), Known()
         if scale:
-            values, slope, known = value.gradient(denoiser, latents, step)
+            values, slope, known = value.gradient(denoiser, particles.latents, step)
             trace.append((step, values))
-        velocity = denoiser.velocity(latents, sigmas[step], known)
+        velocity = denoiser.velocity(particles.latents, sigmas[step], known)
         if scale:
             velocity = velocity - scale * slope
-        latents = denoiser.advance(latents, velocity, step)
-        finite.append(latents.isfinite().all())
+        particles = denoiser.advance(particles, velocity, step)
+        finite.append(particles.latents.isfinite().all())
     whole = torch.stack(finite)
     if not whole.all():
         first = int((~whole).int().argmax()) + 1
@@ -48,6 +50,6 @@ def dps(denoiser: Denoiser, value: Value, settings: Guidance, progress=iter) -> 
             f"the latents are not finite after step {first} of {denoiser.steps}: "
             f"lower dps.strength, which is {settings.strength:g}"
         )
-    values = value.measure(denoiser, latents, denoiser.steps)[0].view(-1, 1).cpu()
+    values = value.measure(denoiser, particles.latents, denoiser.steps)[0].view(-1, 1).cpu()
     events = [Event(step, sigmas[step], seen.view(-1, 1).cpu()) for step, seen in trace]
-    return Steered(latents[:, None], values, torch.ones_like(values), events)
+    return Steered(particles.latents[:, None], values, torch.ones_like(values), events)

@@ -142,7 +142,11 @@ class Comparison:
 
     @torch.no_grad()
     def quality(self, arm: ArmRecipe, seed: int) -> dict[str, Any]:
-        """Return the means of the reward and of every measure over one picture per prompt. Raises InputError."""
+        """Return the scores of one picture per prompt by the reward and every measure, and a row of their means.
+
+        For fk, `founders` is among them: how many of a prompt's first particles have descendants at the end. Raises
+        InputError.
+        """
         denoiser, value = self.denoiser(arm, seed, len(self.prompts))
         settings = self.settings[arm.name]
         with progress_bar(denoiser, arm.method, settings) as bar:
@@ -152,8 +156,11 @@ class Comparison:
         scores = {"reward": self.reward.score(images, self.prompts)}
         check_finite("reward", scores["reward"])
         scores |= {name: measure.score(images, self.prompts) for name, measure in self.measures.items()}
+        if arm.method == "fk":
+            scores["founders"] = torch.cat([part.founders for part in steered])
         means = {name: float(values.double().mean()) for name, values in scores.items()}
-        return {"family": arm.family, "label": arm.label, "seed": seed, "prompts": len(images)} | means
+        row = {"family": arm.family, "label": arm.label, "seed": seed, "prompts": len(images)} | means
+        return {"row": row, "scores": {name: values.tolist() for name, values in scores.items()}}
 
     def cost(self, arm: ArmRecipe, repeats: int = 3) -> dict[str, Any]:
         """Return the median seconds and the GFLOP per picture, and the peak MiB in addition to the weights."""
@@ -190,7 +197,7 @@ def run(comparison: Comparison, cost: bool) -> None:
         for arm in recipe.arms:
             path = folder / f"{arm.name}-seed{seed}.json".replace(" ", "-")
             if not path.exists():
-                write_json(path, description | {"arm": arm.__dict__, "row": comparison.quality(arm, seed)})
+                write_json(path, description | {"arm": arm.__dict__} | comparison.quality(arm, seed))
 
 
 def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

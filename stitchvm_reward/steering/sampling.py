@@ -74,7 +74,7 @@ def candidate_bytes(architecture: Architecture, resolution: int, text_length: in
     """Return the bytes that a candidate keeps beside a micro batch: a few float32 copies of its latent, and the tokens
     of its next forward pass."""
     tokens, width = architecture.family.sequence(architecture, resolution, text_length)
-    return 4 * 4 * math.prod(architecture.latent_shape(resolution)) + tokens * width * dtype.itemsize
+    return 6 * 4 * math.prod(architecture.latent_shape(resolution)) + tokens * width * dtype.itemsize
 
 
 def require_memory(method: str, settings: Settings, each: int, free: int) -> None:
@@ -126,6 +126,7 @@ def make_denoiser(
         guidance=settings.guidance,
         steps=settings.steps,
         stochasticity=settings.stochasticity,
+        order=settings.order,
         micro_batch=settings.micro_batch or 1,
         seed=settings.seed,
     )

@@ -47,6 +47,10 @@ class FeynmanKac:
     """[first, last] number of completed steps at which particles are resampled."""
     resampling: str = "systematic"
     """systematic (least noise; equal weights leave the particles unchanged) or multinomial."""
+    least_ess: float = 0.0
+    """Share of the particles, below 1, that the effective sample size of a resampling keeps: where the weights would
+    leave less, lambda is lowered for this prompt and resampling, and the rest of the weights counts in the next one or
+    in the final weights. More of the first particles have descendants at the end, at a lower reward. 0: off."""
 
     def __post_init__(self):
         at_least("fk.particles", self.particles, 1)
@@ -56,6 +60,7 @@ class FeynmanKac:
         require_window("fk.window", self.window, 1, may_be_empty=False)
         require_window("fk.proposal_window", self.proposal_window, 1, may_be_empty=True)
         one_of("fk.resampling", self.resampling, RESAMPLING)
+        require(0 <= self.least_ess < 1, "fk.least_ess must be in [0, 1)", self.least_ess)
 
     def proposing(self, steps: int) -> range:
         """Return the numbers of completed steps, of `steps`, with several proposals."""
@@ -94,6 +99,13 @@ class Settings:
     stochasticity: float = 1.0
     """Noise of the transitions: 0 for none (Euler steps), 1 for the time reversal, 2 for twice its variance (as printed
     in Stitched Value Model, D.2)."""
+    order: int = 1
+    """1: each transition takes the clean latent predicted in this step for constant. 2: it extrapolates from the
+    prediction of the step before, without further network calls, and keeps more of the data's spread where steps are
+    few: for a normal distribution of standard deviation 0.5 and stochasticity 1, 0.81 of it instead of 0.58 in 8 steps,
+    1.01 instead of 0.86 in 40. The first two steps and the last one are of first order, and the extrapolation is
+    bounded: without the bound, few steps would have too much spread. Much is still lost where the data are narrow. Its
+    relatives are DPM-Solver++(2M) for SDEs (arXiv 2211.01095) and arXiv 2605.23522."""
     micro_batch: int | None = None
     """Latents that a network processes at once, whatever the number of particles. null: the largest power of two up to
     16 that is planned to fit a GPU's free memory; 16 on a CPU."""
@@ -107,6 +119,7 @@ class Settings:
         at_least("steps", self.steps, 2)
         require(1 <= self.guidance < 100, "guidance must be from 1 (none) to 100", self.guidance)
         require(0 <= self.stochasticity <= 10, "stochasticity must be in [0, 10]", self.stochasticity)
+        require(self.order in (1, 2), "order must be 1 or 2", self.order)
         if self.micro_batch is not None:
             at_least("micro_batch", self.micro_batch, 1)
         at_least("seed", self.seed, 0)

@@ -11,8 +11,8 @@ from torch import Tensor
 class Event:
     """The `values` (prompts, particles) after `step` steps, at level `sigma`.
 
-    If the particles were resampled, `effective` (prompts,) is the effective sample size before resampling and
-    `ancestors` (prompts, particles) is the particle that each one continues.
+    If the particles were resampled, `effective` (prompts,) is the effective sample size of the weights that they were
+    resampled with, and `ancestors` (prompts, particles) is the particle that each one continues.
     """
 
     step: int
@@ -41,6 +41,16 @@ class Steered:
     def best(self) -> Tensor:
         """The chosen latents, (prompts, c, h, w)."""
         return self.latents[torch.arange(len(self.latents)), self.chosen.to(self.latents.device)]
+
+    @property
+    def founders(self) -> Tensor:
+        """The number of each prompt's first particles that have descendants at the end, (prompts,)."""
+        prompts, particles = self.values.shape
+        origins = torch.arange(particles).expand(prompts, -1)
+        for event in self.trace:
+            if event.ancestors is not None:
+                origins = origins.gather(1, event.ancestors)
+        return (origins.sort(1).values.diff(dim=1) > 0).sum(1) + 1
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return the trace of each prompt in plain numbers."""

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from stitchvm_reward.diffusion.path import denoised
-from stitchvm_reward.diffusion.solvers import sde_step
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.rewards import Reward
 from stitchvm_reward.runs import randomness
-from stitchvm_reward.steering.denoiser import Denoiser, Known, join
+from stitchvm_reward.steering.denoiser import Denoiser, Known, Particles, join
 from stitchvm_reward.stitching.value_model import StitchedValueModel, score_and_keep
 
 
@@ -93,7 +92,10 @@ class TweedieValue(Value):
 
 
 class MonteCarloValue(TweedieValue):
-    """The mean reward of rollouts from the latent through all remaining levels: the quantity that V estimates."""
+    """The mean reward of rollouts from the latent through all remaining levels: the quantity that V estimates.
+
+    A rollout's own first step is of first order.
+    """
 
     def __init__(self, rewards: dict[str, Reward], weights: dict[str, float], rollouts: int):
         super().__init__(rewards, weights)
@@ -108,15 +110,12 @@ class MonteCarloValue(TweedieValue):
         rewards = []
         for rollout in range(self.rollouts):
             noise = self._noise(denoiser, rows, count, (step, rollout), len(sigmas) - 1)
-            current, velocity = latents, first
-            for place, (sigma, following) in enumerate(zip(sigmas, sigmas[1:])):
+            current, velocity = Particles(latents), first
+            for place, sigma in enumerate(sigmas[:-1]):
                 if place:
-                    velocity = denoiser.guided(current, sigma, rows, count, Known())
-                clean = denoised(current, velocity, torch.tensor(sigma))
-                current = sde_step(
-                    current, clean, noise[:, place], sigma, following, stochasticity=denoiser.stochasticity
-                )
-            rewards.append(self.judge(denoiser, current, rows, count))
+                    velocity = denoiser.guided(current.latents, sigma, rows, count, Known())
+                current = denoiser.move(current, velocity, noise[:, place], step + place)
+            rewards.append(self.judge(denoiser, current.latents, rows, count))
         return torch.stack(rewards).mean(0), Known(velocity=first)
 
     @staticmethod

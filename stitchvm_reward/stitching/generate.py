@@ -176,6 +176,7 @@ class GeneratedImages:
             guidance=scale,
             steps=self.settings.steps,
             stochasticity=0.0,
+            order=1,
             micro_batch=len(rows),
             seed=self.seed,
         )

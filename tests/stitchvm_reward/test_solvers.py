@@ -1,11 +1,14 @@
 """Noise levels and solvers against known numbers, diffusers, and an exactly solvable case."""
 
+import math
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from stitchvm_reward.diffusion.solvers import dpm2_step, euler_step, sde_step, solve
+from stitchvm_reward.diffusion.solvers import dpm2_step, euler_step, extrapolated, sde2_step, sde_step, solve
 from stitchvm_reward.families.sd3 import static_levels
+from tests.stitchvm_reward.spread import moments, shares
 
 TEN = "1 .960129 .913349 .857692 .790368 .707278 .602151 .464876 .278049 .008929 0"
 TWENTY_FIVE = (
@@ -127,3 +130,78 @@ def test_one_stochastic_step_is_the_posterior_of_the_path():
     torch.testing.assert_close(sde_step(latents, clean, torch.tensor(0.0), t, s), mean)
     spread = sde_step(latents, clean, torch.tensor(1.0), t, s) - mean
     assert float(spread) == pytest.approx(s * variance**0.5 / t, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("std", "stochasticity", "steps", "first", "second"),
+    [
+        (0.5, 0, 8, 0.646, 0.818),
+        (0.5, 1, 8, 0.583, 0.814),
+        (0.5, 2, 8, 0.554, 0.799),
+        (0.5, 0, 12, 0.766, 0.933),
+        (0.5, 1, 12, 0.677, 0.917),
+        (0.5, 2, 12, 0.628, 0.894),
+        (0.5, 0, 40, 0.929, 1.004),
+        (0.5, 1, 40, 0.860, 1.014),
+        (0.5, 2, 40, 0.806, 1.019),
+        (0.5, 0, 100, 0.971, 1.002),
+        (0.5, 1, 100, 0.934, 1.006),
+        (0.5, 2, 100, 0.898, 1.011),
+        (0.2, 0, 8, 0.395, 0.496),
+        (0.2, 1, 8, 0.351, 0.495),
+        (0.2, 2, 8, 0.346, 0.505),
+        (0.2, 1, 40, 0.760, 0.968),
+    ],
+)
+def test_the_spread_of_the_stochastic_chain_on_gaussian_data_is_as_known(std, stochasticity, steps, first, second):
+    assert shares(steps, std, stochasticity)[:2] == pytest.approx([first, second], abs=0.005)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(8, 1.63), (40, 1.24)])
+def test_without_its_bound_the_second_order_gains_spread(steps, expected):
+    assert shares(steps, 0.5, 1)[2] == pytest.approx(expected, abs=0.005)
+
+
+def test_the_propagated_moments_are_those_of_samples():
+    random, sigmas, std = torch.Generator().manual_seed(0), static_levels(12, SHIFT), 0.5
+    latents, previous, before = torch.randn(200_000, generator=random, dtype=torch.float64), None, None
+    for sigma, following in zip(sigmas, sigmas[1:]):
+        share = (1 - sigma) * std**2 / ((1 - sigma) ** 2 * std**2 + sigma**2)
+        clean = 0.7 + share * (latents - (1 - sigma) * 0.7)
+        noise = torch.randn(latents.shape, generator=random, dtype=torch.float64)
+        latents = sde2_step(latents, clean, previous, noise, (before, sigma, following))
+        previous, before = clean, sigma
+    mean, spread = moments(sigmas, 0.7, std, order=2)
+    assert mean == pytest.approx(0.7) and float(latents.mean()) == pytest.approx(mean, abs=0.004)
+    assert float(latents.std()) == pytest.approx(spread, rel=0.006)
+
+
+def test_a_second_order_step_without_extrapolation_is_the_first_order_one_bit_for_bit():
+    latents, clean, previous, noise = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+    cases = [
+        (None, (None, 0.9, 0.8)),
+        (None, (0.9, 0.6, 0.3)),
+        (previous, (1.0, 0.9, 0.8)),
+        (previous, (0.5, 0.3, 0.0)),
+    ]
+    for stochasticity in (0.0, 1.0, 2.0):
+        for before, sigmas in cases:
+            first = sde_step(latents, clean, noise, *sigmas[1:], stochasticity=stochasticity)
+            assert torch.equal(sde2_step(latents, clean, before, noise, sigmas, stochasticity=stochasticity), first)
+        second = sde2_step(latents, clean, previous, noise, (0.9, 0.6, 0.3), stochasticity=stochasticity)
+        assert not torch.allclose(second, first, atol=0.01)
+
+
+def test_the_extrapolation_is_that_of_log_ratios_and_bounded():
+    clean, previous = torch.tensor([3.0]), torch.tensor([1.0])
+    # lambda is -2, -1 and -0.5: half of half the last change.
+    levels = tuple(1 / (1 + math.exp(value)) for value in (-2.0, -1.0, -0.5))
+    assert extrapolated(clean, previous, levels).item() == pytest.approx(3 + 0.25 * 2)
+    assert extrapolated(clean, previous, levels, 0.1).item() == pytest.approx(3 + 0.1 * 2)
+
+
+def test_an_unbounded_step_without_noise_is_dpm2():
+    latents, clean, previous, noise = torch.randn(4, 100, generator=torch.Generator().manual_seed(0))
+    for sigmas in ((0.9, 0.8, 0.3), (0.6, 0.5, 0.4)):
+        stepped = sde2_step(latents, clean, previous, noise, sigmas, stochasticity=0.0, most=math.inf)
+        torch.testing.assert_close(stepped, dpm2_step(latents, clean, previous, sigmas), atol=1e-5, rtol=1e-5)

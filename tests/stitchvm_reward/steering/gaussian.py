@@ -8,14 +8,14 @@ from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.families.sd3 import static_levels
 from stitchvm_reward.steering.denoiser import Denoiser, Known
 from stitchvm_reward.steering.values import Value
+from tests.stitchvm_reward.spread import gain, moments
 
 MEAN, SPREAD = 0.4, 0.7
 
 
 def clean_mean(latents, sigma):
     """E[z_0 | z_t] of the normal distribution."""
-    gain = (1 - sigma) * SPREAD**2 / ((1 - sigma) ** 2 * SPREAD**2 + sigma**2)
-    return MEAN + gain * (latents - (1 - sigma) * MEAN)
+    return MEAN + gain(sigma, SPREAD) * (latents - (1 - sigma) * MEAN)
 
 
 class GaussianGenerator:
@@ -68,6 +68,7 @@ def gaussian_denoiser(prompts: int, steps: int, **changes) -> Denoiser:
         guidance=1.0,
         steps=steps,
         stochasticity=1.0,
+        order=1,
         micro_batch=1 << 20,
         seed=0,
     )
@@ -75,13 +76,6 @@ def gaussian_denoiser(prompts: int, steps: int, **changes) -> Denoiser:
 
 
 def chain_moments(denoiser: Denoiser) -> tuple[float, float]:
-    """Mean and variance at level 0 of the denoiser's own chain, whose steps are finite, in closed form."""
-    mean, variance, sigmas = 0.0, 1.0, denoiser.sigmas
-    for t, s in zip(sigmas, sigmas[1:]):
-        gain = (1 - t) * SPREAD**2 / ((1 - t) ** 2 * SPREAD**2 + t**2)
-        base = MEAN * (1 - gain * (1 - t))  # the clean mean is base + gain z
-        kept = (s * (1 - t) / (t * (1 - s))) ** denoiser.stochasticity
-        factor = (1 - s) * gain + s * kept / t * (1 - (1 - t) * gain)
-        mean = factor * mean + base * ((1 - s) - s * kept / t * (1 - t))
-        variance = factor**2 * variance + s**2 * (1 - kept**2)
-    return mean, variance
+    """Mean and variance at level 0 of the denoiser's own chain, whose steps are finite."""
+    mean, std = moments(denoiser.sigmas, MEAN, SPREAD, stochasticity=denoiser.stochasticity, order=denoiser.order)
+    return mean, std**2

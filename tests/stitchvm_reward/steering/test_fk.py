@@ -102,9 +102,9 @@ def test_proposals_raise_the_value_and_the_first_is_the_plain_one():
         for count in (1, 2, 6)
     ]
     assert reached[0] < reached[1] < reached[2]
-    latents = denoiser.start(2)
-    one = denoiser.advance(latents, latents, 1)
-    three = denoiser.advance(latents, latents, 1, proposals=3)
+    particles = denoiser.start(2)
+    one = denoiser.advance(particles, particles.latents, 1).latents
+    three = denoiser.advance(particles, particles.latents, 1, proposals=3).latents
     assert torch.equal(one, three[::3]) and len(three) == 48
 
 

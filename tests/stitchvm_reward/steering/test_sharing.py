@@ -55,7 +55,7 @@ def test_a_value_on_null_text_begins_the_unguided_branch_and_nothing_changes(gen
     denoiser = denoiser_of(generator, pipeline, stitched)
     apart = replace(denoiser, null_text=False)
     assert denoiser.null_text
-    latents = denoiser.start(3)
+    latents = denoiser.start(3).latents
     _, known = stitched.measure(denoiser, latents, 1)
     _, nothing = stitched.measure(apart, latents, 1)
     assert set(known.passes) == {"null"} and not nothing.passes
@@ -85,7 +85,7 @@ def test_a_value_that_reads_prompts_begins_the_prompts_branch(generator, pipelin
     reads = StitchedValueModel.from_pretrained(f"{VALUE}_prompt", "cpu", BackboneHead(SD3, pipeline.transformer))
     stitched = StitchedValue({"aesthetic": reads}, {"aesthetic": 1.0})
     denoiser = denoiser_of(generator, pipeline, stitched)
-    latents = denoiser.start(2)
+    latents = denoiser.start(2).latents
     values, known = stitched.measure(denoiser, latents, 1)
     assert set(known.passes) == {"prompt"} and reads.block == 2
     whole = denoiser.velocity(latents, denoiser.sigmas[1], Known())
@@ -102,7 +102,7 @@ def test_blocks_of_another_network_or_under_another_negative_prompt_are_not_shar
     apart = StitchedValueModel.from_pretrained(VALUE)
     own = StitchedValue({"aesthetic": apart}, {"aesthetic": 1.0})
     denoiser = denoiser_of(generator, pipeline, own)
-    _, known = own.measure(denoiser, denoiser.start(2), 1)
+    _, known = own.measure(denoiser, denoiser.start(2).latents, 1)
     assert not denoiser.null_text and not known.passes and apart.config["backbone"]["path"] == MODEL
 
 

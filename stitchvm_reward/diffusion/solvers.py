@@ -62,7 +62,7 @@ def sde_step(
     `sde2_step` loses less.
 
     Finite from t = 1, where rho = 0, down to s = 0, where it returns `clean`. e = 0 is Euler's step, e = 1 a draw from
-    q(z_s | z_t, z_0), e = 2 the nu^2 = 4 t / (1 - t) that Stitched Value Model prints (arXiv 2605.19804, D.2).
+    q(z_s | z_t, z_0), e = 2 the nu^2 = 4 t / (1 - t) that Stitched Value Model prints (arXiv 2605.19804, appendix A).
     """
     rho = following * (1 - sigma) / (sigma * (1 - following))
     kept = rho**stochasticity

@@ -36,8 +36,8 @@ def summary(recipe: ComparisonRecipe) -> list[dict[str, Any]]:
 
 
 def names_of(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the names of the measures of a summary's rows."""
-    return [key.removesuffix("_error") for key in rows[0] if key.endswith("_error")]
+    """Return the names of the measures of a summary's rows; `founders` is one of the rows of fk alone."""
+    return list(dict.fromkeys(key.removesuffix("_error") for row in rows for key in row if key.endswith("_error")))
 
 
 def report(recipe: ComparisonRecipe) -> str:
@@ -49,8 +49,9 @@ def report(recipe: ComparisonRecipe) -> str:
     for row in rows:
         line = f"{row['family'] + ' ' + row['label']:{width}}"
         for name in measures:
-            error = row[f"{name}_error"]
-            line += f"{row[name]:11.3f}" + (f" ±{error:.3f}" if error is not None else " " * 7)
+            error = row.get(f"{name}_error")
+            line += f"{row[name]:11.3f}" if name in row else f"{'-':>11}"
+            line += f" ±{error:.3f}" if error is not None else " " * 7
         lines.append(line + "".join(f"{row[name]:11.3f}" if name in row else f"{'-':>11}" for name in costs))
     return "\n".join(lines)
 
@@ -72,7 +73,7 @@ def draw(recipe: ComparisonRecipe, path: Path) -> None:
     for place, (name, cost) in enumerate(panels):
         axes = figure.add_subplot(down, across, place + 1)
         for number, family in enumerate(dict.fromkeys(row["family"] for row in rows)):
-            members = [row for row in rows if row["family"] == family]
+            members = [row for row in rows if row["family"] == family and name in row]
             positions = [row[cost] if priced else rows.index(row) for row in members]
             errors = [row[f"{name}_error"] or 0.0 for row in members]
             axes.errorbar(positions, [row[name] for row in members], errors, fmt=".-", color=f"C{number}", label=family)

@@ -98,7 +98,7 @@ class Settings:
     """Scale of classifier-free guidance, 1 for none; or the scale that a guidance-distilled model reads as an input."""
     stochasticity: float = 1.0
     """Noise of the transitions: 0 for none (Euler steps), 1 for the time reversal, 2 for twice its variance (as printed
-    in Stitched Value Model, D.2)."""
+    in Stitched Value Model, appendix A)."""
     order: int = 1
     """1: each transition takes the clean latent predicted in this step for constant. 2: it extrapolates from the
     prediction of the step before, without further network calls, and keeps more of the data's spread where steps are

@@ -30,8 +30,13 @@ def test_a_comparison_measures_every_arm_once_and_draws_what_it_found(comparison
     assert launched("evaluate", "steering", path, cache)[0] == 0
     files = sorted((tmp_path / "out").glob("*.json"))
     assert len(files) == 6
-    row = json.loads(files[0].read_text())["row"]
+    found = [json.loads(file.read_text()) for file in files]
+    row = found[0]["row"]
     assert row["prompts"] == 3 and {"reward", "true_aesthetic", "checker", "checker_share"} <= row.keys()
+    for one in found:
+        assert ("founders" in one["row"]) == (one["arm"]["method"] == "fk")
+        assert all(one["row"][name] == pytest.approx(sum(values) / 3) for name, values in one["scores"].items())
+        assert all(1 <= number <= 2 for number in one["scores"].get("founders", []))
     before = [file.stat().st_mtime_ns for file in files]
     files[0].unlink()
     assert launched("evaluate", "steering", path, cache)[0] == 0  # goes on with what is missing
@@ -45,6 +50,7 @@ def test_a_comparison_measures_every_arm_once_and_draws_what_it_found(comparison
     assert code == 0 and (tmp_path / "plot.png").stat().st_size > 10_000
     lines = out.splitlines()
     assert len(lines) == 4 and lines[1].startswith("FK 2") and "±" in lines[1] and "gigaflop" in lines[0]
+    assert "founders" in lines[0] and " - " in lines[3]
 
 
 @pytest.mark.parametrize(

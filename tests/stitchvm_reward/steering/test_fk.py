@@ -1,13 +1,16 @@
 """Feynman-Kac steering: what it samples, against closed forms, and how it resamples."""
 
+import math
+
 import pytest
 import torch
 
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.steering.best_of_n import best_of_n
 from stitchvm_reward.steering.denoiser import Known
-from stitchvm_reward.steering.fk import effective_size, fk, normalised, resample
+from stitchvm_reward.steering.fk import effective_size, fk, normalised, resample, tempered_share
 from stitchvm_reward.steering.settings import BestOfN, FeynmanKac
+from stitchvm_reward.steering.trace import Event, Steered
 from stitchvm_reward.steering.values import Value
 from tests.stitchvm_reward.steering.gaussian import Parabola, chain_moments, gaussian_denoiser
 
@@ -26,14 +29,24 @@ def moments(steered):
     return [(float(x.mean()), float(x.std()) / len(x) ** 0.5) for x in (means, variances)]
 
 
-@pytest.mark.parametrize("resampling", ["systematic", "multinomial"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
-def test_the_weighted_particles_are_samples_of_the_tilted_chain(resampling, temperature):
-    denoiser, value = gaussian_denoiser(PROMPTS, STEPS), Parabola()
+@pytest.mark.parametrize(
+    ("changes", "order"),
+    [
+        ({"temperature": 0.0}, 1),
+        ({"temperature": 1.0}, 1),
+        ({"temperature": 1.0, "resampling": "multinomial"}, 2),
+        ({"temperature": 3.0, "resampling": "multinomial"}, 1),
+        ({"temperature": 3.0}, 2),
+        ({"temperature": 3.0, "least_ess": 0.9}, 2),
+    ],
+)
+def test_the_weighted_particles_are_samples_of_the_tilted_chain(changes, order):
+    denoiser, value = gaussian_denoiser(PROMPTS, STEPS, order=order), Parabola()
     mean, variance = chain_moments(denoiser)
+    temperature = changes["temperature"]
     precision = 1 / variance + temperature
     expected = (mean / variance + temperature * value.centre) / precision, 1 / precision
-    steered = fk(denoiser, value, settings(temperature=temperature, resampling=resampling))
+    steered = fk(denoiser, value, settings(**changes))
     for (found, error), wanted in zip(moments(steered), expected):
         assert abs(found - wanted) < 3 * error, (found, wanted, error)
         assert error < 0.05 * variance**0.5
@@ -67,6 +80,35 @@ def test_no_temperature_is_plain_sampling(stochasticity):
     mean, variance = chain_moments(denoiser)
     assert float(latents.mean()) == pytest.approx(mean, abs=0.06)
     assert float(latents.var()) == pytest.approx(variance, rel=0.15)
+
+
+def test_the_shares_of_the_temperature_keep_the_effective_size():
+    log_weights = torch.tensor([[0.0, 2.0], [0.0, 0.1], [1.0, 1.0], [0.0, 1e6]], dtype=torch.float64)
+    share = tempered_share(log_weights, 1.6)
+    # Two weights in the ratio 3 : 1 have the effective size 1.6.
+    assert share.flatten().tolist() == pytest.approx([math.log(3) / 2, 1, 1, math.log(3) / 1e6], rel=1e-6)
+    assert (effective_size(normalised(share * log_weights)) >= 1.6).all()
+    assert torch.equal(tempered_share(log_weights, 0.0), torch.ones(4, 1).double())
+
+
+def test_a_least_effective_size_is_kept_and_leaves_more_founders_at_a_lower_value():
+    denoiser, value = gaussian_denoiser(64, STEPS), Parabola()
+    free, kept = (fk(denoiser, value, settings(particles=8, temperature=10.0, least_ess=least)) for least in (0, 0.75))
+    assert min(float(event.effective.min()) for event in free.trace) < 6
+    assert min(float(event.effective.min()) for event in kept.trace) >= 6
+    assert float(kept.founders.double().mean()) > float(free.founders.double().mean()) + 1
+    assert float(kept.values.mean()) < float(free.values.mean())
+
+
+def test_founders_are_the_first_particles_with_descendants_at_the_end():
+    def event(*ancestors):
+        return Event(1, 0.5, torch.zeros(2, 4), torch.ones(2), torch.tensor(ancestors))
+
+    first, second = event([0, 1, 1, 3], [0, 1, 2, 3]), event([1, 2, 2, 2], [0, 0, 3, 3])
+    nothing = torch.zeros(2, 4)
+    steered = Steered(nothing, nothing, nothing, [first, Event(2, 0.4, nothing), second])
+    assert steered.founders.tolist() == [1, 2]
+    assert Steered(nothing, nothing, nothing).founders.tolist() == [4, 4]
 
 
 @pytest.mark.parametrize("each", [1, 5])

@@ -99,6 +99,7 @@ def test_adapters_and_a_value_model_on_the_same_blocks_are_refused(make_pipeline
         ({"dps": Guidance(window=[0, 6])}, "dps", "dps.window must lie within the schedule, steps 0 to 5"),
         ({"best_of_n": BestOfN(prune_at=6)}, "best_of_n", "best_of_n.prune_at must lie within the schedule's 6 steps"),
         ({"stochasticity": 0.0, "fk": FK}, "fk", "fk.proposals must be 1 where stochasticity is 0"),
+        ({"order": 3}, "fk", "order must be 1 or 2, got 3"),
         ({}, "smc", "the method must be one of best_of_n, fk, dps, got 'smc'"),
         ({"fk": FeynmanKac(particles=10**9, window=[1, 5])}, "fk", "1000000000 particles must fit into memory"),
     ],

@@ -58,7 +58,7 @@ def sde_step(
     it up: z_s = (1 - s) z_0 + s (rho^e (z_t - (1 - t) z_0) / t + sqrt(1 - rho^(2 e)) noise).
 
     Steps of finite length lose spread, because z_0 is not constant but E[z_0 | z_t]: on data from N(0.7, 0.5^2), eight
-    steps of SD3's schedule leave a standard deviation of 0.58 of the data's at e = 1, and 40 steps leave 0.86.
+    steps of a schedule of shift 3 leave 0.58 of the data's standard deviation at e = 1, and 40 steps leave 0.86.
     `sde2_step` loses less.
 
     Finite from t = 1, where rho = 0, down to s = 0, where it returns `clean`. e = 0 is Euler's step, e = 1 a draw from

@@ -27,8 +27,9 @@ def test_the_share_is_even_over_a_run(share):
         assert abs(sum(chosen[start : start + count]) - count * share) < 1
 
 
-def test_share_of_the_published_settings_is_an_eighth_and_told_in_the_plan():
-    recipe = load_recipe("recipes/aesthetic_published.yaml", ["train.old_schedule=1"])
+def test_the_default_share_is_an_eighth_and_told_in_the_plan():
+    settings = ["train.old_schedule=1", "rollout.steps=25", "train.levels_per_sample=24"]
+    recipe = load_recipe("recipes/aesthetic_pixel.yaml", settings)
     levels = recipe.train.levels_per_sample
     assert sum(in_share(recipe.train.reference_share, 0, number) for number in range(8 * levels)) == levels
     assert NFT.cost(recipe.train).frozen == pytest.approx(1.125)

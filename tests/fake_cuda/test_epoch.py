@@ -1,4 +1,4 @@
-"""An epoch at real shapes of one recipe. The others are run by command; BENCHMARKS.md has the table."""
+"""An epoch at real shapes of two recipes. The others are run by command; BENCHMARKS.md has the table."""
 
 import json
 import shutil
@@ -15,13 +15,16 @@ pytestmark = [
 ]
 PHASES = {
     "draft_pixel": {"encode", "evaluate", "rollout", "train", "optimizer"},
+    "aesthetic_24gb": {"encode", "evaluate", "rollout", "score", "audit", "train", "optimizer"},
 }
+OPTIONS = {"aesthetic_24gb": ["--memory", "24"]}
 
 
 @pytest.mark.parametrize("name", PHASES)
 def test_an_epoch_waits_for_nothing_multiplies_in_bfloat16_and_needs_what_the_plan_says(name, tmp_path):
     out = tmp_path / "found.json"
-    command = [sys.executable, "-m", "tests.fake_cuda", f"recipes/{name}.yaml", "--out", str(out)]
+    options = ["--out", str(out), *OPTIONS.get(name, [])]
+    command = [sys.executable, "-m", "tests.fake_cuda", f"recipes/{name}.yaml", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert out.is_file(), done.stderr
     (result,) = json.loads(out.read_text())["recipes"]

@@ -54,7 +54,7 @@ def test_forwards_that_a_recipe_does_without_are_not_run():
     published = by_phase("recipes/shapes/published_single.yaml")
     lean = by_phase("recipes/shapes/published_single.yaml", "train.beta_kl=0", "train.old_schedule=0")
     forward = lean["rollout step"]["gigaflop"]
-    # without the old policy's and, the base model's, which has no adapters
+    # without the forwards of the old policy and of the base model, which has no adapters
     old = published["training level"]["gigaflop"] - lean["training level"]["gigaflop"]
     assert old == pytest.approx(forward, rel=0.01)
     assert published["reference"]["gigaflop"] == pytest.approx(forward, rel=0.1)

@@ -9,6 +9,7 @@ CLOSE = 1e-5
 SETTINGS = (*EVEN, "epochs=2")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_and_a_stopped_run_equals_the_straight_one(overrides, digests, rows, tmp_path):
     one, two, stopped = (tmp_path / name for name in ("one", "two", "stopped"))
     run_all("ddp", 1, {one: overrides(one, *SETTINGS)})

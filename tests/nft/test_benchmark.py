@@ -50,6 +50,7 @@ def test_stopped_rollouts_decode_nothing_and_take_the_steps_of_their_window():
     assert rows["decode"]["calls"] == rows["score an image: aesthetic"]["calls"] == 0
 
 
+@pytest.mark.slow
 def test_forwards_that_a_recipe_does_without_are_not_run():
     published = by_phase("recipes/shapes/published_single.yaml")
     lean = by_phase("recipes/shapes/published_single.yaml", "train.beta_kl=0", "train.old_schedule=0")

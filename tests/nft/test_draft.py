@@ -117,6 +117,7 @@ def test_more_steps_and_the_reference_have_gradients_of_their_own(draft):
     assert apart(usual, gradient(draft("train.beta_kl=0"))) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), STOPPED])
 def test_checkpointed_steps_give_the_same_gradient_and_keep_less(draft, more):
     def kept(trainer) -> int:

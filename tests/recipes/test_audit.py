@@ -39,6 +39,7 @@ def shuffled(folder, seed):
     return folder
 
 
+@pytest.mark.slow
 def test_the_bundled_value_model_passes_its_audits(train, tmp_path, rows, capfd):
     train(tmp_path / "run", *AS_SHIPPED, recipe=RECIPE)
     found = rows(tmp_path / "run")[1:]
@@ -46,6 +47,7 @@ def test_the_bundled_value_model_passes_its_audits(train, tmp_path, rows, capfd)
     assert "warning: audit" not in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "told"), [(0, "the true reward changes"), (1, "the value model's rank correlation")])
 def test_a_value_model_with_its_blocks_shuffled_stops_the_run_within_three_audits(train, tmp_path, seed, told):
     """The first order ranks latents nearly as well as the right one: its scale gives it away."""

@@ -94,6 +94,7 @@ def test_a_signal_after_the_step_of_an_epoch_begins_that_epoch_again(train, make
     assert digests(tmp_path / "run", 2) == digests(tmp_path / "straight", 2)
 
 
+@pytest.mark.slow
 def test_a_users_differentiable_reward_is_raised(user, train, rows, tmp_path):
     train(tmp_path / "run", *DRAFT, user("red"), "epochs=4", "train.learning_rate=1e-3", "train.beta_kl=0")
     found = [row["held_out/red"] for row in rows(tmp_path / "run") if "held_out/red" in row]

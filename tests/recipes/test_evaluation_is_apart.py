@@ -1,5 +1,6 @@
 """Looking at a policy does not change it."""
 
+import pytest
 import torch
 
 
@@ -23,6 +24,7 @@ def test_evaluating_every_epoch_or_never_trains_the_same_weights_bit_for_bit(tra
     assert rows(seen)[-1] == rows(unseen)[-1]
 
 
+@pytest.mark.slow
 def test_what_is_evaluated_with_does_not_change_the_weights(train, digests, tmp_path):
     settings = ("epochs=2", "train.updates_per_epoch=2", "evaluation.every=1")
     train(tmp_path / "a" / "run", *settings)

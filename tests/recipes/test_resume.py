@@ -126,6 +126,7 @@ def test_running_a_finished_run_again_changes_nothing(half, train, digests, rows
     assert same_file
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_a_random_moment_ends_where_an_undisturbed_one_ends(
     straight, command, assert_equal, tmp_path, record_property
 ):

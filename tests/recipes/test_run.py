@@ -212,6 +212,7 @@ def test_both_solvers_train_and_roll_out_different_images(train, rows, adapters,
     assert any(not torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_a_users_function_trains_and_its_opposite_takes_the_opposite_first_step(
     user_rewards, train, rows, adapters, tmp_path
 ):

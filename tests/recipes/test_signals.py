@@ -100,6 +100,7 @@ def test_a_signal_while_prompts_are_encoded_ends_the_run_before_it_begins(
     assert not (tmp_path / "run").exists() and any((tmp_path / "cache").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_0_on_the_first_signal_and_at_once_on_the_second(overrides, tmp_path):
     def start(times: int) -> subprocess.CompletedProcess:
         script = tmp_path / "start.py"
@@ -128,6 +129,7 @@ def test_the_command_ends_with_0_on_the_first_signal_and_at_once_on_the_second(o
     assert not (tmp_path / "run-2/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_cannot_write_one_folder(overrides, make_trainer, tmp_path):
     trainer = make_trainer(tmp_path / "run", *SETTINGS)
     assert trainer.claim is not None

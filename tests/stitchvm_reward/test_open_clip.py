@@ -268,6 +268,7 @@ class Code:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_code_and_does_not_run_it(state, saved, tokenizer, tmp_path):
     sign = tmp_path / "executed"
     path = saved(state | {"visual.proj": Code(sign)})

@@ -17,6 +17,7 @@ def test_no_strength_is_plain_sampling_bit_for_bit(changes):
     assert torch.equal(dps(denoiser, Parabola(), Guidance(**changes)).latents, plain.latents)
 
 
+@pytest.mark.slow
 def test_the_exact_value_under_the_tilt_schedule_samples_the_tilted_density():
     denoiser, rise = gaussian_denoiser(4000, 12), 0.8
     latents = dps(denoiser, Slope(rise), Guidance(strength=1.0, schedule="tilt")).latents.flatten()

@@ -25,6 +25,7 @@ def comparison(tmp_path, pytestconfig):
     return path, f"cache={tmp_path}/cache"
 
 
+@pytest.mark.slow
 def test_a_comparison_measures_every_arm_once_and_draws_what_it_found(comparison, launched, tmp_path):
     path, cache = comparison
     assert launched("evaluate", "steering", path, cache)[0] == 0

@@ -78,6 +78,7 @@ def test_the_result_does_not_depend_on_the_micro_batch(stitch, tmp_path, aesthet
     assert weights(folder).keys() == weights(aesthetic_folder).keys()
 
 
+@pytest.mark.slow
 def test_the_start_depends_on_the_seed_and_on_nothing_drawn_before(stitch, tmp_path, aesthetic_folder):
     torch.manual_seed(99)
     same, again = weights(stitch("aesthetic", tmp_path / "same", *CUT)), weights(aesthetic_folder)
@@ -123,6 +124,7 @@ def test_the_search_alone_leaves_its_table_and_its_picture(stitch, tmp_path):
     assert (folder / "search.png").read_bytes()[:4] == b"\x89PNG" and not (folder / "value_model").exists()
 
 
+@pytest.mark.slow
 def test_a_head_that_sees_the_prompt_needs_it_to_score(stitch, tmp_path):
     folder = stitch("clip", tmp_path / "run", *CUT, "backbone.conditioning=prompt", "finetune.epochs=1")
     model = StitchedValueModel.from_pretrained(folder)

@@ -23,6 +23,7 @@ def other_seed(latent_folder, tmp_path_factory):
     return shutil.copytree(latent_folder, folder)
 
 
+@pytest.mark.slow
 def test_the_table_holds_every_method_level_and_measure(
     launched, aesthetic_folder, latent_folder, other_seed, image_folder, tmp_path
 ):
@@ -54,6 +55,7 @@ def test_the_table_holds_every_method_level_and_measure(
     assert "±0.000" in out and (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_text_is_also_judged_by_retrieval(launched, clip_folder, image_folder, tmp_path):
     arguments = ("--images", image_folder, "--count", 8, "--sigmas", 0.5, "--rollouts", 0, "--truth-latents", 0)
     code, _, error = launched("evaluate", "value", clip_folder, *arguments, "--out", tmp_path / "found.json")

@@ -39,6 +39,7 @@ def test_the_first_blocks_cost_what_was_worked_out_by_hand(head, given, blocks, 
     assert teraflop(lambda: head.features(*given, [blocks])) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_stitched_score_fits_and_costs_a_sixth_of_a_tweedie_score(head, given):
     with torch.device("meta"):
         clip = CLIPModel(CLIPConfig(**clip_configuration("openai/clip-vit-large-patch14-336")))

@@ -22,6 +22,7 @@ def recipe(tmp_path, *more, images=2 * SHARD):
     return load_stitch_recipe(RECIPE, given)
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_how_many_there_are_or_on_what_was_drawn_before(tmp_path):
     first, other = GeneratedImages(recipe(tmp_path), CPU), GeneratedImages(recipe(tmp_path / "other", images=70), CPU)
     first.draw(first.missing())
@@ -36,6 +37,7 @@ def test_an_image_does_not_depend_on_how_many_there_are_or_on_what_was_drawn_bef
     assert image.shape == (3, 64, 64) and 0 <= float(image.min()) < float(image.max()) <= 1
 
 
+@pytest.mark.slow
 def test_a_share_of_the_images_has_each_guidance(tmp_path):
     plain = GeneratedImages(recipe(tmp_path), CPU)
     mixed = GeneratedImages(recipe(tmp_path, "data.generate.guidance=[1.0,3.0]"), CPU)

@@ -104,6 +104,7 @@ def few_images(image_folder, tmp_path_factory):
     return *CUT, "data.held_out=4", "search.probe=12", "search.held_out=4", f"data.images={folder}"
 
 
+@pytest.mark.slow
 def test_kept_targets_are_shared_by_kinds_that_see_the_same_and_by_no_others(stitch, few_images, tmp_path):
     cache = tmp_path / "cache"
 
@@ -119,6 +120,7 @@ def test_kept_targets_are_shared_by_kinds_that_see_the_same_and_by_no_others(sti
     assert len(squashed) == 2 and len(kept("hpsv2", 4)) == 3
 
 
+@pytest.mark.slow
 def test_kept_targets_of_another_activation_are_not_taken(stitch, few_images, folder, tmp_path):
     cache = tmp_path / "cache"
     shutil.copytree(folder("gelu"), tmp_path / "clip")

@@ -1,5 +1,7 @@
 """The plan of a run, at full size on the meta device."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -91,9 +93,12 @@ def test_work_counts_every_network_call(medium):
     recipe, found = medium
     phases = work(recipe, recipe_geometry(recipe, 1), found)
     forward, training = found.forward_flops / 1e12, found.training_flops / 1e12
-    assert phases["rollout"] == pytest.approx(1152 * 25 * forward)
-    # the current policy with gradient, the old one without, and the reference at an eighth of the levels
-    assert phases["train"] == pytest.approx(1152 * 24 * (training + 1.125 * forward))
+    assert phases["rollout"] == pytest.approx(1152 * 10 * forward)
+    # the current policy with gradient, the old one and the reference without
+    assert phases["train"] == pytest.approx(1152 * 9 * (training + 2 * forward))
+    shared = replace(recipe, train=replace(recipe.train, reference_share=0.125))
+    phases = work(shared, recipe_geometry(shared, 1), found)
+    assert phases["train"] == pytest.approx(1152 * 9 * (training + 1.125 * forward))
 
 
 def test_a_stopped_run_counts_the_steps_it_takes_and_decodes_nothing(medium):

@@ -21,7 +21,8 @@ demo: .venv/ready
 	$(BIN)/python launch/nft.py recipes/shapes/stopped.yaml out=runs/demo-stopped
 	$(BIN)/python -m nft.evaluation.summary runs/demo-full runs/demo-stopped
 
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# Files are dealt out whole, in order: the longest ones, which start several processes, come first.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: .venv/ready check
 	$(PYTEST) -m "not slow"

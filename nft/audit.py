@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
@@ -82,8 +83,6 @@ class Audit:
 
     def spearman(self) -> float:
         """Return the mean of the kept audits' rank correlations; an audit in which either side is constant counts 0."""
-        from scipy.stats import spearmanr  # its import takes a second, which a run without audits does not spend
-
         correlations = [
             float(spearmanr(values, rewards).statistic) if len(set(values)) > 1 and len(set(rewards)) > 1 else 0.0
             for values, rewards in self.pairs

@@ -1,158 +1,153 @@
-"""Compare the cost at which runs reach a target of a held-out measure:
+"""Compare the cost at which runs reach targets of a held-out measure:
 
-python -m nft.evaluation.compare runs/full-seed0 runs/stopped-seed0 --measure true_aesthetic --target 7 --out cost.png
+python -m nft.evaluation.compare runs/full-seed* runs/stopped-seed* --measure true_aesthetic --target 6.9 7.2 \\
+    --floor checker --out cost.png --pareto pareto.png --json cost.json
 
 Runs whose names differ only in a trailing -seedN form one arm. Time covers rollout, decoding, scoring, auditing and
-training, not evaluation and start-up. FLOPs are those of the plan.
+training, not evaluation and start-up. FLOPs are those of the plan. Intervals are 95% bootstrap intervals over held-out
+prompts and seeds; of an arm with one seed, over prompts alone.
 """
 
 import argparse
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from nft.evaluation.curves import AXES, Curve, crossing, read_curve
+from nft.evaluation.targets import Arm, check_comparable, compare_arms
+from stitchvm_reward.bootstrap import CONFIDENCE
 from stitchvm_reward.command import run_command
-from stitchvm_reward.errors import InputError, nearest
-from stitchvm_reward.runs.run_folder import arm_of
-from stitchvm_reward.runs.tracking import PHASES, read_metrics
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import check_writable, write_json
+from stitchvm_reward.runs.tracking import PHASES
 
-AXES = {"seconds": "seconds", "teraflop": "TFLOP", "epoch": "epochs"}
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One run's held-out measures and its cumulative cost on each axis and per phase; one entry per evaluation."""
-
-    name: str
-    axes: dict[str, list[float]]
-    measures: dict[str, list[float]]
-
-    @property
-    def arm(self) -> str:
-        return arm_of(self.name)
+FORMS = {"epoch": ".1f", "seconds": ".1f", "teraflop": ".2f"}
 
 
-@dataclass(frozen=True)
-class Reached:
-    """The point at which a run first reached the target: its cost by axis, and all of its measures."""
-
-    cost: dict[str, float]
-    measures: dict[str, float]
-
-
-def read_curve(folder: Path) -> Curve:
-    """Return the curve of a run folder. Raises InputError where it holds no evaluations."""
-    rows = read_metrics(folder)
-    axes: dict[str, list[float]] = {axis: [] for axis in (*AXES, *PHASES)}
-    measures: dict[str, list[float]] = {}
-    spent = dict.fromkeys(axes, 0.0)
-    for row in rows:
-        for phase in PHASES:
-            spent[phase] += row.get(f"seconds/{phase}", 0.0)
-        spent["teraflop"] += row.get("cost/teraflop", 0.0)
-        spent |= {"seconds": sum(spent[phase] for phase in PHASES), "epoch": row["epoch"]}
-        if "held_out/total" in row:
-            for axis, value in spent.items():
-                axes[axis].append(value)
-            for name, value in row.items():
-                if name.startswith("held_out/") and not name.endswith("_std"):
-                    measures.setdefault(name.removeprefix("held_out/"), []).append(value)
-    if not measures:
-        raise InputError(f"{folder} holds no evaluated run; give folders that launch/nft.py wrote")
-    return Curve(folder.name, axes, measures)
+def run_row(curve: Curve, measure: str, target: float) -> dict[str, Any]:
+    """Return one run at the target: its cost and its measures there, both None where it never reached it."""
+    means = curve.measures
+    place = crossing(means[measure][None], target)
+    cost = {axis: float(place.at(series)[0]) for axis, series in curve.axes.items()}
+    found = {name: float(place.at(series)[0]) for name, series in means.items()}
+    return {
+        "run": curve.name,
+        "arm": curve.arm,
+        "seed": curve.seed,
+        "best": float(means[measure].max()),
+        "cost": cost if place.reached[0] else None,
+        "measures": found if place.reached[0] else None,
+    }
 
 
-def reached(curve: Curve, measure: str, target: float) -> Reached | None:
-    """Return the first crossing of the target from below, interpolated linearly between evaluations, or None."""
-    values = curve.measures[measure]
-    for index, value in enumerate(values):
-        if value >= target:
-            share = 1.0 if index == 0 else (target - values[index - 1]) / (value - values[index - 1])
-
-            def at(series: list[float], place: int = index, part: float = share) -> float:
-                return series[place] if place == 0 else series[place - 1] + part * (series[place] - series[place - 1])
-
-            return Reached(
-                {axis: at(series) for axis, series in curve.axes.items()},
-                {name: at(series) for name, series in curve.measures.items()},
-            )
-    return None
+def run_line(row: dict[str, Any]) -> str:
+    """Return the line of a run."""
+    if row["cost"] is None:
+        return f"{row['run']:36}{'never':>8}   best {row['best']:.4g}"
+    costs = "".join(f"{row['cost'][axis]:{width}{form}}" for width, (axis, form) in zip((8, 10, 10), FORMS.items()))
+    measures = "  ".join(f"{name} {value:.3f}" for name, value in row["measures"].items() if name != "total")
+    return f"{row['run']:36}{costs}   {measures}"
 
 
-def table(curves: list[Curve], measure: str, target: float) -> list[str]:
-    """Return one line per run, then one per arm with its mean cost and how many times less that is than the first's."""
-    lines = [f"{'run':32}{'epochs':>8}{'seconds':>9}{'TFLOP':>9}   measures at {measure} = {target:g}"]
-    arms: dict[str, list[Reached]] = {}
-    missed: dict[str, int] = {}
-    for curve in curves:
-        result = reached(curve, measure, target)
-        if result is None:
-            missed[curve.arm] = missed.get(curve.arm, 0) + 1
-            lines.append(f"{curve.name:32}{'never':>8}   best {max(curve.measures[measure]):.4g}")
-            continue
-        arms.setdefault(curve.arm, []).append(result)
-        measures = "  ".join(f"{name} {value:.3f}" for name, value in result.measures.items() if name != "total")
-        cost = result.cost
-        lines.append(f"{curve.name:32}{cost['epoch']:8.1f}{cost['seconds']:9.1f}{cost['teraflop']:9.2f}   {measures}")
-    lines.append("")
-    first: dict[str, float] | None = None
-    for arm, results in arms.items():
-        mean = {axis: sum(result.cost[axis] for result in results) / len(results) for axis in results[0].cost}
-        first = first or mean
-        # An arm that starts above the target has a cost of zero.
-        ratios = {axis: f"{first[axis] / mean[axis]:.2f}x" if mean[axis] else "-" for axis in ("seconds", "teraflop")}
-        times = "  ".join(f"{ratio} less {AXES[axis]}" for axis, ratio in ratios.items())
-        short = f", {missed[arm]} never reached it" if arm in missed else ""
-        lines.append(f"{arm:32}{mean['epoch']:8.1f}{mean['seconds']:9.1f}{mean['teraflop']:9.2f}   {times}{short}")
-        lines.append(f"{'':32}" + "  ".join(f"{phase} {mean[phase]:.1f} s" for phase in PHASES if mean[phase]))
+def arm_lines(arm: Arm, first: Arm, measure: str, floor: str | None) -> list[str]:
+    """Return the lines of an arm: its cost, how many times less that is, its phases, and what changed meanwhile."""
+    seeds = f"{len(arm.seeds)} seeds" if len(arm.seeds) > 1 else "1 seed, over prompts alone"
+    costs = "".join(f"{arm.cost[axis].text(form).replace('inf', 'never'):>26}" for axis, form in FORMS.items())
+    lines = [f"{f'{arm.name} ({seeds})':36}{costs}"]
+    if arm is not first and arm.less:
+        ratios = [f"{arm.less[a].text('.2f')} times less {AXES[a]}" for a in FORMS if a in arm.less]
+        own = set(arm.seeds) == set(first.seeds)
+        lines.append(
+            "    " + ", ".join(ratios) + ("" if own else f" (seeds {', '.join(map(str, arm.shared))} of both)")
+        )
+    elif arm is not first and not arm.shared:
+        lines.append(f"    no seed in common with {first.name}: costs are not paired")
+    if arm.reached < len(arm.seeds):
+        return [*lines, f"    {len(arm.seeds) - arm.reached} of {len(arm.seeds)} runs never reached it"]
+    lines.append(
+        "    " + "  ".join(f"{phase} {arm.cost[phase].mean:.1f} s" for phase in PHASES if arm.cost[phase].mean)
+    )
+    # The measure itself is at the target in every resample.
+    changes = [f"{name} {c.text('+.3f')}" for name, c in arm.change.items() if name not in (measure, "total")]
+    lines.append("    change: " + "  ".join(changes).replace("-inf, +inf", "no limits"))
+    if floor is not None:
+        lines.append("    " + floor_line(arm, floor))
     return lines
 
 
-def draw(curves: list[Curve], measures: list[str], target: float, path: Path) -> None:
-    """Draw each measure over seconds and over FLOPs, in one colour per arm."""
-    from matplotlib.figure import Figure
+def floor_line(arm: Arm, floor: str) -> str:
+    """Return what can be said of the floor: a change only where its interval excludes zero."""
+    verdict, change = arm.verdict(floor), arm.change[floor]
+    if verdict == "unresolved":
+        most = f"it fell by at most {abs(change.low):.3f}" if math.isfinite(change.low) else "too few resamples get there"
+        return f"floor: no change of {floor} is resolved; {most}"
+    ends = sorted((abs(change.low), abs(change.high)))
+    return f"floor: {floor} {verdict} by {ends[0]:.3f} to {ends[1]:.3f}"
 
-    figure = Figure(figsize=(10, 3.2 * len(measures)), layout="constrained")
-    arms = list(dict.fromkeys(curve.arm for curve in curves))
-    for row, measure in enumerate(measures):
-        for column, axis in enumerate(("seconds", "teraflop")):
-            axes = figure.add_subplot(len(measures), 2, 2 * row + column + 1)
-            for curve in curves:
-                label = curve.arm if next(c for c in curves if c.arm == curve.arm) is curve else None
-                colour = f"C{arms.index(curve.arm) % 10}"
-                axes.plot(curve.axes[axis], curve.measures[measure], color=colour, label=label, alpha=0.8)
-            if row == 0:
-                axes.axhline(target, color="grey", linestyle=":")
-                axes.legend(fontsize=7)
-            # The costs of the arms differ by orders of magnitude, and every run starts at zero.
-            axes.set_xscale("symlog", linthresh=min(cost for curve in curves for cost in curve.axes[axis] if cost > 0))
-            axes.set_xlim(left=0)
-            axes.set_xlabel(AXES[axis])
-            axes.set_ylabel(measure)
-            axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+
+def table(curves: list[Curve], arms: list[Arm], measure: str, target: float, floor: str | None = None) -> list[str]:
+    """Return one line per run, then the lines of every arm, as `compare_arms` found them at the target."""
+    header = f"{'run':36}{'epochs':>8}{'seconds':>10}{'TFLOP':>10}"
+    lines = [f"{header}   measures at {measure} = {target:g}"]
+    lines += [run_line(run_row(curve, measure, target)) for curve in curves]
+    lines += ["", f"{f'arm (mean and {CONFIDENCE:.0%} interval)':36}" + "".join(f"{AXES[a]:>26}" for a in FORMS)]
+    return lines + [line for arm in arms for line in arm_lines(arm, arms[0], measure, floor)]
+
+
+def _finite(value: Any) -> Any:
+    """Return a JSON value in which numbers that are infinite or not defined are None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def figures(curves: list[Curve], arms: list[Arm], measure: str, target: float, floor: str | None) -> dict[str, Any]:
+    """Return what `table` shows, for a JSON file. An end of an interval that has no limit is None."""
+    rows: list[dict[str, Any]] = []
+    for arm in arms:
+        verdict = None if floor is None else {"measure": floor, "verdict": arm.verdict(floor)}
+        rows.append(_finite(asdict(arm) | {"floor": verdict}))
+    return {"target": target, "runs": [run_row(curve, measure, target) for curve in curves], "arms": rows}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", help="run folders; the first one's arm is the baseline")
     parser.add_argument("--measure", required=True, help="held-out measure, such as true_aesthetic")
-    parser.add_argument("--target", type=float, required=True, help="value to reach")
-    parser.add_argument("--out", type=Path, help="PNG file to draw")
+    parser.add_argument("--target", type=float, nargs="+", required=True, help="values to reach")
+    parser.add_argument("--floor", metavar="MEASURE", help="measure that should be kept: tell whether it changed")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw every measure over the cost")
+    parser.add_argument("--pareto", type=Path, metavar="FILE.png", help="draw the measure against the floor")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     return parser.parse_args()
 
 
 def run(arguments: argparse.Namespace) -> None:
+    measure, floor = arguments.measure, arguments.floor
+    if arguments.pareto is not None and floor is None:
+        raise InputError("--pareto draws the measure against a second one; name that with --floor")
+    for path in (arguments.out, arguments.pareto, arguments.json):
+        if path is not None:
+            check_writable(path)
     curves = [read_curve(folder) for folder in arguments.folders]
-    for curve in curves:
-        if arguments.measure not in curve.measures:
-            hint = nearest(arguments.measure, list(curve.measures))
-            raise InputError(f"{curve.name} has no measure {arguments.measure}: {hint}")
-    print("\n".join(table(curves, arguments.measure, arguments.target)))
-    if arguments.out is not None:
-        shared = [name for name in curves[0].measures if all(name in curve.measures for curve in curves)]
-        order = [arguments.measure, *(name for name in shared if name not in (arguments.measure, "total"))]
-        draw(curves, order, arguments.target, arguments.out)
+    check_comparable(curves, [measure, *([floor] if floor is not None else [])])
+    found = {target: compare_arms(curves, measure, target) for target in arguments.target}
+    print("\n\n".join("\n".join(table(curves, arms, measure, at, floor)) for at, arms in found.items()))
+    if arguments.json is not None:
+        targets = [figures(curves, arms, measure, at, floor) for at, arms in found.items()]
+        about = {"measure": measure, "confidence": CONFIDENCE, "prompts": curves[0].prompts}
+        write_json(arguments.json, about | {"targets": targets})
+    if arguments.out is not None or arguments.pareto is not None:
+        from nft.evaluation.plots import draw, draw_pareto
+
+        if arguments.out is not None:
+            shared = [name for name in curves[0].scores if all(name in curve.scores for curve in curves)]
+            order = [measure, *(name for name in shared if name not in (measure, "total"))]
+            draw(curves, order, arguments.target, arguments.out)
+        if arguments.pareto is not None:
+            draw_pareto(curves, measure, floor, arguments.pareto)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,34 +17,33 @@ from nft.preflight import check_inputs
 from nft.rollout import sample
 from nft.scoring import Scorer
 from nft.untrained import UntrainedLatents
+from stitchvm_reward.bootstrap import mean_interval
 from stitchvm_reward.diffusion.prompt_cache import PromptCache
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.prompts import read_prompts
 from stitchvm_reward.rewards import check_finite
 from stitchvm_reward.runs import randomness
 
-CONFIDENCE = 0.95
 
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95% confidence interval of the mean of (count,) values by Student's t; a point for equal values."""
-    mean, error = float(values.mean()), float(values.std(ddof=1)) / len(values) ** 0.5
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
-    return mean - reach, mean + reach
+def _ends(scores: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the interval of the mean of (count,) scores, over prompts: there is one seed of the noise."""
+    found = mean_interval(scores[None])
+    return found.low, found.high
 
 
 def compare(name: str, base: np.ndarray, tuned: np.ndarray | None) -> dict[str, Any]:
     """Return the row of one measure: means of (count,) scores and, with a tuned model, the paired difference.
 
-    The difference is tuned - base, with its paired t interval and the shares of prompts that became better and worse.
+    The difference is tuned - base. Intervals are those of `bootstrap.mean_interval`, over prompts. A row also has the
+    shares of prompts that became better and worse.
     """
-    row: dict[str, Any] = {"measure": name, "base": float(base.mean()), "base_interval": interval(base)}
+    row: dict[str, Any] = {"measure": name, "base": float(base.mean()), "base_interval": _ends(base)}
     if tuned is not None:
         difference = tuned - base
         row |= {
             "tuned": float(tuned.mean()),
             "difference": float(difference.mean()),
-            "difference_interval": interval(difference),
+            "difference_interval": _ends(difference),
             "improved": float((difference > 0).mean()),
             "worse": float((difference < 0).mean()),
         }
@@ -115,12 +113,12 @@ def evaluate_images(
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as text."""
     if "tuned" not in rows[0]:
-        lines = [f"{'measure':18}{'base':>9}  95% interval"]
+        lines = [f"{'measure':18}{'base':>9}  95% interval over prompts"]
         for row in rows:
             low, high = row["base_interval"]
             lines.append(f"{row['measure']:18}{row['base']:9.3f}  [{low:.3f}, {high:.3f}]")
         return "\n".join(lines)
-    lines = [f"{'measure':18}{'base':>9}{'tuned':>9}{'difference':>12}  {'95% interval':18}{'improved':>9}{'worse':>8}"]
+    lines = [f"{'measure':18}{'base':>9}{'tuned':>9}{'difference':>12}  {'95%, over prompts':18}{'improved':>9}{'worse':>8}"]
     for row in rows:
         low, high = row["difference_interval"]
         lines.append(

@@ -1,6 +1,7 @@
 """What a run leaves behind to read."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -63,9 +64,31 @@ def test_the_summary_shows_change_spread_and_where_the_time_went_of_each_run(tmp
     for name, last in (("first", 4.0), ("second", 2.0)):
         (tmp_path / name).mkdir()
         write(tmp_path / name, [row(0, 1.0), row(1, 1.5), row(2, last)])
+        tracker = Tracker(tmp_path / name, first=3)
+        for epoch, mean in ((0, 1.0), (1, 1.5), (2, last)):
+            tracker.scores(epoch, {"total": torch.tensor([mean - 0.5, mean + 0.5] * 8), "always": torch.ones(16)})
     text = "\n".join(summary_lines([read_run(tmp_path / name) for name in ("first", "second")]))
-    assert "4.000 +3.000 (0.500)" in text and "2.000 +1.000 (0.500)" in text
+    # Every prompt gains the same: there is nothing that resampled prompts could change.
+    assert "4.000 (0.516) +3.000 [+3.000, +3.000]" in text and "2.000 (0.516) +1.000 [+1.000, +1.000]" in text
+    assert "1.000 (0.000) +0.000 [+0.000, +0.000]" in text and "95% interval over prompts" in text
     assert "9.0 s" in text and "100%" in text
+
+
+def test_the_interval_of_a_change_is_paired_by_prompt(tmp_path):
+    write(tmp_path, [row(0, 0.0), row(1, 1.0)])
+    tracker, before = Tracker(tmp_path, first=2), torch.arange(20.0)
+    tracker.scores(0, {"total": before})
+    tracker.scores(1, {"total": before + torch.tensor([0.0, 2.0] * 10)})
+    found = re.search(r"\+1\.000 \[\+(\S+), \+(\S+)\]", "\n".join(summary_lines([read_run(tmp_path)])))
+    low, high = map(float, found.groups())
+    # Half of 20 prompts gain 2: a binomial's standard error, and nothing of the spread of the prompts themselves.
+    assert high - low == pytest.approx(4 * 20**-0.5, rel=0.15)
+
+
+def test_a_run_of_an_earlier_version_has_no_summary(tmp_path):
+    write(tmp_path, [row(0, 1.0), row(1, 2.0)])
+    with pytest.raises(InputError, match="lacks the scores of each held-out prompt"):
+        read_run(tmp_path)
 
 
 def test_a_run_that_never_finished_has_no_summary(tmp_path):

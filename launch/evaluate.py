@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "images",
         description="Measure a recipe's rewards and metrics on images of its held-out prompts, by its model with and "
         "without a LoRA file from the same noise: means, the paired difference with its 95% confidence interval "
-        "(Student's t over prompts), and the shares of prompts that improved and got worse.",
+        "(bootstrap over prompts), and the shares of prompts that improved and got worse.",
     )
     images.add_argument("recipe", help="a recipe file, such as recipes/shapes/aesthetic.yaml, or a run's recipe.yaml")
     images.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set")
@@ -57,13 +57,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "steering",
         description="Measure the arms of a comparison: reward and measures on one image per prompt and seed. Each arm "
         "and seed is written to a JSON file in the comparison's folder; existing files are kept, so that a stopped "
-        "comparison continues. With --cost, measure the cost of an image by every arm instead. --plot draws the "
-        "results so far.",
+        "comparison continues. With --cost, measure the cost of an image by every arm instead. --plot and --pareto "
+        "tabulate and draw the results so far: means with 95% bootstrap intervals over prompts and seeds, and paired "
+        "differences to one arm.",
     )
     steering.add_argument("recipe", help="a comparison, such as recipes/steer/compare_dps.yaml")
     steering.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set")
     steering.add_argument("--cost", action="store_true", help="measure seconds, FLOPs and memory instead")
     steering.add_argument("--plot", type=Path, metavar="OUT.png", help="only tabulate and draw existing results")
+    steering.add_argument(
+        "--pareto", type=Path, metavar="OUT.png", help="the same, with --floor against reward, and reward against GFLOP"
+    )
+    steering.add_argument("--floor", metavar="MEASURE", help="a measure that should be kept, for --pareto")
+    steering.add_argument("--against", metavar="ARM", help="arm that differences are to; default: the first one")
     parsed, rest = parser.parse_known_args(arguments)
     # In a subcommand, argparse does not accept positional arguments that follow an option.
     if rest and (parsed.command == "value" or any(word.startswith("-") for word in rest)):
@@ -92,7 +98,8 @@ def run_images(arguments: argparse.Namespace) -> None:
     from nft.config import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    from nft.evaluation.measure import CONFIDENCE, evaluate_images, table
+    from nft.evaluation.measure import evaluate_images, table
+    from stitchvm_reward.bootstrap import CONFIDENCE
     from stitchvm_reward.measure import machine
     from stitchvm_reward.runs.numerics import set_numerics
 
@@ -151,18 +158,30 @@ def run_value(arguments: argparse.Namespace) -> None:
 
 
 def run_steering(arguments: argparse.Namespace) -> None:
+    drawn = [path for path in (arguments.plot, arguments.pareto) if path is not None]
+    if (arguments.pareto is None) != (arguments.floor is None):
+        raise InputError("--pareto OUT.png and --floor MEASURE need each other; give both")
+    if arguments.against is not None and not drawn:
+        raise InputError(f"--against is for the tables of --plot and --pareto, got {arguments.against!r} with neither")
     from stitchvm_reward.runs.numerics import set_numerics
     from stitchvm_reward.runs.recipe import read_recipe
     from stitchvm_reward.steering.evaluate import Comparison, ComparisonRecipe, run
-    from stitchvm_reward.steering.report import draw, report
 
     recipe = read_recipe(ComparisonRecipe, arguments.recipe, arguments.overrides)
-    set_numerics(bool(recipe.model.deterministic), recipe.model.tf32)
-    if arguments.plot is not None:
-        check_writable(arguments.plot)
-        print(report(recipe))
-        draw(recipe, arguments.plot)
+    if drawn:
+        from stitchvm_reward.steering.plots import draw, draw_pareto
+        from stitchvm_reward.steering.report import report, summary
+
+        for path in drawn:
+            check_writable(path)
+        arms = summary(recipe, arguments.against)
+        if arguments.pareto is not None:
+            draw_pareto(arms, arguments.floor, arguments.pareto)
+        if arguments.plot is not None:
+            draw(arms, arguments.plot)
+        print(report(arms, arguments.against))
         return
+    set_numerics(bool(recipe.model.deterministic), recipe.model.tf32)
     check_writable(Path(recipe.out).expanduser() / "costs.json")
     from stitchvm_reward.prompts import read_prompts
 

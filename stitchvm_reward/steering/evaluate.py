@@ -13,7 +13,7 @@ from tqdm import tqdm
 from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.diffusion.prompt_cache import PromptCache
 from stitchvm_reward.diffusion.recipe import ModelRecipe
-from stitchvm_reward.errors import nearest
+from stitchvm_reward.errors import InputError, nearest
 from stitchvm_reward.families import architecture_of
 from stitchvm_reward.files import write_json
 from stitchvm_reward.measure import machine, peak_mib, timed
@@ -105,6 +105,7 @@ class Comparison:
         require(
             enough, f"count must be at most {len(prompts)}, the number of prompts in {recipe.prompts}", recipe.count
         )
+        read(Path(recipe.out).expanduser())  # results that are there already must be usable
         self.settings = {arm.name: settings_of(arm) for arm in recipe.arms}
         check_custom(recipe.reward)
         for name in recipe.measures:
@@ -201,7 +202,15 @@ def run(comparison: Comparison, cost: bool) -> None:
 
 
 def read(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows of quality and of cost in a comparison's folder."""
-    quality = [json.loads(path.read_text())["row"] for path in sorted(folder.glob("*-seed*.json"))]
+    """Return the rows of quality, with the scores of every prompt by measure (`scores`), and those of cost.
+
+    Raises InputError for a result without these scores, as earlier versions wrote them.
+    """
+    quality = []
+    for path in sorted(folder.glob("*-seed*.json")):
+        content = json.loads(path.read_text())
+        if "scores" not in content:
+            raise InputError(f"{path} lacks the scores of each prompt; remove it and run the comparison again")
+        quality.append(content["row"] | {"scores": content["scores"]})
     costs = folder / "costs.json"
     return quality, json.loads(costs.read_text())["rows"] if costs.is_file() else []

@@ -1,89 +1,118 @@
-"""A comparison of steering methods as a table and as a plot."""
+"""A comparison of steering methods as tables."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stitchvm_reward.errors import InputError
+import numpy as np
+
+from stitchvm_reward.bootstrap import CONFIDENCE, Interval, mean_interval
+from stitchvm_reward.errors import InputError, nearest
 from stitchvm_reward.steering.evaluate import ComparisonRecipe, read
 
-IDENTITY = ("family", "label", "seed", "prompts")
+COSTS = ("seconds", "gigaflop", "peak_mib")
 
 
-def summary(recipe: ComparisonRecipe) -> list[dict[str, Any]]:
-    """Return one row per measured arm, in the recipe's order.
+@dataclass(frozen=True)
+class Summary:
+    """What was measured of one arm.
 
-    A row holds the mean of every measure over seeds, its standard error (NAME_error, None for one seed), and the cost
-    per picture where it was measured. Raises InputError if no arm was measured.
+    `means` are by measure, with intervals over seeds and prompts, or over prompts alone where there is one seed; not
+    all arms have all measures. `differences` are those to the baseline, paired by seed, prompt and noise over the seeds
+    that both have (`shared`); empty for the baseline and where there are no such seeds. `costs` are per picture; empty
+    where not measured.
     """
-    quality, costs = read(Path(recipe.out).expanduser())
-    summaries = []
+
+    family: str
+    label: str
+    seeds: list[int]
+    means: dict[str, Interval]
+    shared: list[int]
+    differences: dict[str, Interval]
+    costs: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """Family and label."""
+        return f"{self.family} {self.label}"
+
+
+Scores = dict[int, dict[str, np.ndarray]]  # of an arm: by seed and measure, (prompts,)
+
+
+def _scores(recipe: ComparisonRecipe, rows: list[dict[str, Any]]) -> dict[str, Scores]:
+    """Return the scores of each measured arm by name, in the recipe's order."""
+    found: dict[str, Scores] = {}
     for arm in recipe.arms:
-        rows = [row for row in quality if (row["family"], row["label"]) == (arm.family, arm.label)]
-        if not rows:
-            continue
-        row: dict[str, Any] = {"family": arm.family, "label": arm.label, "seeds": len(rows)}
-        for name in [name for name in rows[0] if name not in IDENTITY]:
-            values = [seed_row[name] for seed_row in rows]
-            mean = sum(values) / len(values)
-            spread = sum((value - mean) ** 2 for value in values)
-            row[name] = mean
-            row[f"{name}_error"] = (spread / (len(values) - 1) / len(values)) ** 0.5 if len(values) > 1 else None
-        arm_costs = [cost for cost in costs if (cost["family"], cost["label"]) == (arm.family, arm.label)]
-        summaries.append(row | {k: v for cost in arm_costs for k, v in cost.items() if k not in IDENTITY})
-    if not summaries:
+        results = [row for row in rows if (row["family"], row["label"]) == (arm.family, arm.label)]
+        for row in sorted(results, key=lambda row: row["seed"]):
+            scores = {name: np.array(values) for name, values in row["scores"].items()}
+            found.setdefault(arm.name, {})[row["seed"]] = scores
+    if not found:
         raise InputError(f"{recipe.out} has no results of this comparison yet; run it without --plot first")
+    counts = sorted({len(scores["reward"]) for arm in found.values() for scores in arm.values()})
+    if len(counts) > 1:
+        raise InputError(
+            f"{recipe.out} has results of {counts[0]} and of {counts[-1]} prompts; give another out=FOLDER, or remove "
+            "those of one count"
+        )
+    return found
+
+
+def measures_of(arms: list[Summary]) -> list[str]:
+    """Return the names of the measures of any arm; `founders` is one of the arms of fk alone."""
+    return list(dict.fromkeys(name for arm in arms for name in arm.means))
+
+
+def _stacked(scores: Scores, seeds: list[int], name: str) -> np.ndarray:
+    """Return the scores (seeds, prompts) by one measure."""
+    return np.stack([scores[seed][name] for seed in seeds])
+
+
+def summary(recipe: ComparisonRecipe, against: str | None = None) -> list[Summary]:
+    """Return the summary of each measured arm, in the recipe's order; differences are to the arm named `against`.
+
+    The default is the first measured arm. Raises InputError if no arm was measured, or if the baseline was not.
+    """
+    rows, costs = read(Path(recipe.out).expanduser())
+    found = _scores(recipe, rows)
+    baseline = next(iter(found)) if against is None else against
+    if baseline not in found:
+        raise InputError(f"--against must name a measured arm, got {baseline!r}: {nearest(baseline, list(found))}")
+    base, summaries = found[baseline], []
+    for arm in (arm for arm in recipe.arms if arm.name in found):
+        own = found[arm.name]
+        seeds = list(own)
+        shared = [seed for seed in seeds if seed in base] if arm.name != baseline else []
+        measures = [name for name in own[seeds[0]] if all(name in own[seed] for seed in seeds)]
+        means = {name: mean_interval(_stacked(own, seeds, name)) for name in measures}
+        differences = {
+            name: mean_interval(_stacked(own, shared, name) - _stacked(base, shared, name))
+            for name in measures
+            if shared and all(name in base[seed] for seed in shared)
+        }
+        priced = (cost for cost in costs if (cost["family"], cost["label"]) == (arm.family, arm.label))
+        prices = {key: cost[key] for cost in priced for key in COSTS}
+        summaries.append(Summary(arm.family, arm.label, seeds, means, shared, differences, prices))
     return summaries
 
 
-def names_of(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the names of the measures of a summary's rows; `founders` is one of the rows of fk alone."""
-    return list(dict.fromkeys(key.removesuffix("_error") for row in rows for key in row if key.endswith("_error")))
-
-
-def report(recipe: ComparisonRecipe) -> str:
-    """Return the summary as text."""
-    rows = summary(recipe)
-    measures, width = names_of(rows), max(len(f"{row['family']} {row['label']}") for row in rows) + 2
-    costs = [key for key in ("seconds", "gigaflop", "peak_mib") if any(key in row for row in rows)]
-    lines = [f"{'':{width}}" + "".join(f"{name:>18}" for name in measures) + "".join(f"{name:>11}" for name in costs)]
-    for row in rows:
-        line = f"{row['family'] + ' ' + row['label']:{width}}"
-        for name in measures:
-            error = row.get(f"{name}_error")
-            line += f"{row[name]:11.3f}" if name in row else f"{'-':>11}"
-            line += f" ±{error:.3f}" if error is not None else " " * 7
-        lines.append(line + "".join(f"{row[name]:11.3f}" if name in row else f"{'-':>11}" for name in costs))
-    return "\n".join(lines)
-
-
-def draw(recipe: ComparisonRecipe, path: Path) -> None:
-    """Draw every measure over the seconds per picture, and the reward over GFLOP and peak memory, as a PNG file.
-
-    Each family is one curve. Where no costs were measured, the measures are drawn over the arms.
-    """
-    from matplotlib.figure import Figure
-
-    rows = summary(recipe)
-    measures, priced = names_of(rows), all("seconds" in row for row in rows)
-    panels = [(name, "seconds") for name in measures]
-    panels += [("reward", "gigaflop"), ("reward", "peak_mib")] if priced else []
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure = Figure(figsize=(5.2 * across, 3.8 * down), layout="constrained")
-    for place, (name, cost) in enumerate(panels):
-        axes = figure.add_subplot(down, across, place + 1)
-        for number, family in enumerate(dict.fromkeys(row["family"] for row in rows)):
-            members = [row for row in rows if row["family"] == family and name in row]
-            positions = [row[cost] if priced else rows.index(row) for row in members]
-            errors = [row[f"{name}_error"] or 0.0 for row in members]
-            axes.errorbar(positions, [row[name] for row in members], errors, fmt=".-", color=f"C{number}", label=family)
-            for x, row in zip(positions, members):
-                axes.annotate(row["label"], (x, row[name]), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axes.set_xlabel(
-            {"seconds": "seconds per picture", "gigaflop": "GFLOP per picture", "peak_mib": "peak MiB"}[cost]
-        )
-        axes.set_ylabel(name)
-        axes.grid(alpha=0.3)
-        if place == 0:
-            axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+def report(arms: list[Summary], against: str | None = None) -> str:
+    """Return a summary as two tables: means and costs, and differences to the baseline that it was made with."""
+    measures, width = measures_of(arms), max(len(f"minus {arm.name}") for arm in arms) + 2
+    costs = [key for key in COSTS if any(key in arm.costs for arm in arms)]
+    header = "".join(f"{name:>24}" for name in measures)
+    lines = [f"{'':{width}}seeds{header}" + "".join(f"{name:>11}" for name in costs)]
+    for arm in arms:
+        means = "".join(f"{arm.means[name].text() if name in arm.means else '-':>24}" for name in measures)
+        prices = "".join(f"{arm.costs[key]:11.3f}" if key in arm.costs else f"{'-':>11}" for key in costs)
+        lines.append(f"{arm.name:{width}}{len(arm.seeds):5}{means}{prices}")
+    baseline = against or arms[0].name
+    if len(arms) > 1:
+        lines += ["", f"{f'minus {baseline}':{width}}seeds{header}"]
+    for arm in arms:
+        if arm.name != baseline:
+            cells = [arm.differences[name].text("+.3f") if name in arm.differences else "-" for name in measures]
+            lines.append(f"{arm.name:{width}}{len(arm.shared):5}" + "".join(f"{cell:>24}" for cell in cells))
+    told = f"[{CONFIDENCE:.0%} interval]: bootstrap over prompts and seeds; of one seed, over prompts alone"
+    return "\n".join([*lines, "", told])

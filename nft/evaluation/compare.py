@@ -81,9 +81,8 @@ def floor_line(arm: Arm, floor: str) -> str:
     """Return what can be said of the floor: a change only where its interval excludes zero."""
     verdict, change = arm.verdict(floor), arm.change[floor]
     if verdict == "unresolved":
-        most = (
-            f"it fell by at most {abs(change.low):.3f}" if math.isfinite(change.low) else "too few resamples get there"
-        )
+        limited = math.isfinite(change.low)
+        most = f"it fell by at most {abs(change.low):.3f}" if limited else "too few resamples reach the target"
         return f"floor: no change of {floor} is resolved; {most}"
     ends = sorted((abs(change.low), abs(change.high)))
     return f"floor: {floor} {verdict} by {ends[0]:.3f} to {ends[1]:.3f}"

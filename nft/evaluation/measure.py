@@ -118,9 +118,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             low, high = row["base_interval"]
             lines.append(f"{row['measure']:18}{row['base']:9.3f}  [{low:.3f}, {high:.3f}]")
         return "\n".join(lines)
-    lines = [
-        f"{'measure':18}{'base':>9}{'tuned':>9}{'difference':>12}  {'95%, over prompts':18}{'improved':>9}{'worse':>8}"
-    ]
+    header = f"{'measure':18}{'base':>9}{'tuned':>9}{'difference':>12}  {'95%, over prompts':18}"
+    lines = [f"{header}{'improved':>9}{'worse':>8}"]
     for row in rows:
         low, high = row["difference_interval"]
         lines.append(

@@ -10,7 +10,7 @@ from nft.geometry import Geometry
 from nft.learner import Learner
 from nft.objectives.objective import Objective
 from nft.prompts import epoch_prompts
-from nft.rollout import Rollout, RolloutRecipe, plan_rollout, recut, roll_out, rollout_stops
+from nft.rollout import Rollout, RolloutRecipe, plan_rollout, recut, rollout_stops
 from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.diffusion.prompt_cache import PromptCache
 from stitchvm_reward.runs.rank_sync import RankSync
@@ -37,14 +37,14 @@ class Collector:
     ):
         self.rollout, self.seed, self.prompts, self.cache = rollout, seed, prompts, cache
         self.generator, self.learner, self.ranks = generator, learner, ranks
-        self.remaining_steps = objective.remaining_steps
+        self.objective = objective
         self.score = objective.parts.score if objective.scores_rollouts else None
         self.geometry: Geometry = learner.geometry
-        self.sigmas = generator.sigmas(rollout.steps)
 
     def steps(self, epoch: int, samples: list[int]) -> list[int]:
         """Return how many solver steps each sample's rollout takes."""
-        return [stop - self.remaining_steps for stop in rollout_stops(self.rollout, self.seed, epoch, samples)]
+        left = self.objective.remaining_steps
+        return [stop - left for stop in rollout_stops(self.rollout, self.seed, epoch, samples)]
 
     def collect(self, epoch: int) -> list[Rollout]:
         """Return this process's rollouts of an epoch, on all processes together."""
@@ -110,9 +110,7 @@ class Collector:
         """Sample and score a planned micro batch; return it and the one that `following` plans meanwhile."""
         stops = self.steps(epoch, planned.samples)
         with self.ranks.timings.phase("rollout"), self.learner.policy.using("old"):
-            rollout = roll_out(
-                self.generator, self.learner.sampler, planned, self.sigmas, solver=self.rollout.solver, stops=stops
-            )
+            rollout = self.objective.roll_out(planned, stops, epoch)
             ahead = following()  # while the device works
         if self.score is None:
             return rollout, ahead

@@ -64,7 +64,9 @@ class Rollout:
     level `tau` (batch,), and `taus` the same levels as numbers, which planning reads without asking the device.
     `table` holds what the network reads of each of the epoch's prompts, once, and `rows` (batch,) is this batch's
     places in it; without `rows` the table is this batch's own. `weight` is 0 for a stand-in that only keeps processes
-    in step. Rewards by name and the optimality r (batch,) are missing until they are known.
+    in step. Rewards by name, and what the objective makes of them, `worth` (batch,), are missing until they are known.
+    Where solver steps are stochastic and trained on, `path` (batch, steps + 1, c, h, w) holds the latents before and
+    after each of them, and `log_probs` (batch, steps) their log-probabilities under the policy that took them.
     """
 
     samples: list[int]
@@ -76,7 +78,9 @@ class Rollout:
     taus: list[float]
     weight: float = 1.0
     rewards: dict[str, Tensor] = field(default_factory=dict)
-    optimality: Tensor | None = None
+    worth: Tensor | None = None
+    path: Tensor | None = None
+    log_probs: Tensor | None = None
 
     @property
     def conditions(self) -> Conditions:
@@ -88,6 +92,12 @@ class Rollout:
         return replace(self, table=self.conditions, rows=None)
 
 
+def _joined(tensors: list[Tensor | None]) -> Tensor | None:
+    """Return tensors that all micro batches have, or none, as one."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None
+
+
 def recut(rollouts: list[Rollout], batches: list[list[int]]) -> list[Rollout]:
     """Return rollouts of one epoch cut into other micro batches of the same samples, in the same order."""
     if [rollout.samples for rollout in rollouts] == batches:
@@ -96,13 +106,22 @@ def recut(rollouts: list[Rollout], batches: list[list[int]]) -> list[Rollout]:
     prompts, taus = ([value for r in rollouts for value in getattr(r, name)] for name in ("prompts", "taus"))
     rows, anchor, tau = (torch.cat([getattr(r, name) for r in rollouts]) for name in ("rows", "anchor", "tau"))
     rewards = {name: torch.cat([r.rewards[name] for r in rollouts]) for name in rollouts[0].rewards}
+    path, log_probs = (_joined([getattr(r, name) for r in rollouts]) for name in ("path", "log_probs"))
     found = []
     for batch in batches:
         part = slice(samples.index(batch[0]), samples.index(batch[-1]) + 1)
-        scores = {name: values[part] for name, values in rewards.items()}
         found.append(
             Rollout(
-                batch, prompts[part], rollouts[0].table, rows[part], anchor[part], tau[part], taus[part], rewards=scores
+                batch,
+                prompts[part],
+                rollouts[0].table,
+                rows[part],
+                anchor[part],
+                tau[part],
+                taus[part],
+                rewards={name: values[part] for name, values in rewards.items()},
+                path=None if path is None else path[part],
+                log_probs=None if log_probs is None else log_probs[part],
             )
         )
     return found
@@ -113,7 +132,7 @@ def stand_in(table: Conditions, latent_shape: tuple[int, ...]) -> Rollout:
     device = table.device
     zero = torch.zeros(1, device=device)
     row, anchor = torch.zeros(1, dtype=torch.long, device=device), torch.zeros(1, *latent_shape, device=device)
-    return Rollout([0], [0], table, row, anchor, zero, [0.0], optimality=zero, weight=0.0)
+    return Rollout([0], [0], table, row, anchor, zero, [0.0], worth=zero, weight=0.0)
 
 
 def stop_step(seed: int, epoch: int, group: int, window: list[int]) -> int:

@@ -33,6 +33,9 @@ EARLY = (
 STOPPED = ("rewards=[{kind: value, value_model: miniature/weights/value/aesthetic}]", *EARLY)
 # What makes a run one that back-propagates its rewards.
 DRAFT = ("train.objective=draft", "train.old_schedule=0", "train.weight_decay=0", "train.beta_kl=.01")
+# What makes a run one of advantage-weighted matching, and one of Flow-GRPO.
+AWM = ("train.objective=awm",)
+FLOW_GRPO = ("train.objective=flow_grpo", "train.old_schedule=0", "train.sde_steps=1", "train.sde_within=2")
 
 
 def few_prompts(folder: Path) -> tuple[str, ...]:

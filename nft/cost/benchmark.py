@@ -101,7 +101,7 @@ class Bench:
             torch.randn(batch, *self.generator.latent_shape, device=self.device),
             torch.full((batch,), level, device=self.device),
             [level] * batch,
-            optimality=torch.rand(batch, device=self.device),
+            worth=torch.rand(batch, device=self.device),
         )
 
     @torch.no_grad()

@@ -178,7 +178,8 @@ def memory(recipe: Recipe) -> dict[str, float]:
     batch, window = rollout.micro_batch, bool(rollout.stop_window)
     trained, evaluated = recipe.train.micro_batch or batch, evaluation.micro_batch or batch
     moments = need.moments // (4 if recipe.train.optimizer == "adamw_8bit" else 1)
-    epoch = rollout.groups * need.prompt + rollout.groups * rollout.group_size * need.latents
+    in_update = objective_class(recipe.train.objective).cost(recipe.train)
+    epoch = rollout.groups * (need.prompt + rollout.group_size * in_update.kept * need.latents)
     kept = need.frozen + need.rewards + need.values + need.adapters + moments
     images = 4 * 3 * recipe.model.resolution**2
 
@@ -202,7 +203,7 @@ def memory(recipe: Recipe) -> dict[str, float]:
         del phases["decode"]
     if not recipe.audit.every:
         del phases["audit"]
-    if objective_class(recipe.train.objective).cost(recipe.train).reward_gradient:
+    if in_update.reward_gradient:
         for name in ("decode", "score"):  # part of the update
             phases.pop(name, None)
     return {name: size / GIB for name, size in phases.items()}

@@ -139,7 +139,7 @@ class Draft(Objective):
         if rollout.weight:
             self.finished[rollout.samples[0]] = finished
             self.step_rollouts.append(finished)
-        return summed(policy, kl, self.train.beta_kl, rollout.weight)
+        return summed([(1.0, policy), (self.train.beta_kl, kl)], rollout.weight)
 
     def _finish(self, rollout: Rollout, epoch: int) -> tuple[Rollout, Tensor, Tensor]:
         """Return the rollout at its end, without gradient, and the two terms of its loss."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nft.learner import Learner
-from nft.rollout import Rollout, RolloutRecipe
+from nft.rollout import Rollout, RolloutRecipe, roll_out
 from stitchvm_reward.diffusion.generator import Generator
 from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.runs.rank_sync import RankSync
@@ -65,13 +65,14 @@ class SampleCost:
 
     `passes` are forward and backward passes, `frozen` the forward passes without gradient beside each of them,
     `solver_steps` the rollout's steps that are taken in the update, and `reward_gradient` tells whether the decoder and
-    the rewards have a backward pass.
+    the rewards have a backward pass. `kept` are the latents that stay of the sample between rollout and update.
     """
 
     passes: float
     frozen: float
     solver_steps: int = 0
     reward_gradient: bool = False
+    kept: int = 1
 
 
 class Shapes(Protocol):
@@ -136,6 +137,11 @@ class Objective(ABC):
         The plan takes the memory of an update from it.
         """
 
+    def roll_out(self, planned: Rollout, stops: list[int], epoch: int) -> Rollout:
+        """Return a planned micro batch sampled by the active policy, each sample down to its own of the `stops`."""
+        sampler, solver = self.learner.sampler, self.parts.rollout.solver
+        return roll_out(self.generator, sampler, planned, self.sigmas, solver=solver, stops=stops)
+
     @abstractmethod
     def learn(self, rollouts: list[Rollout], epoch: int) -> Learned:
         """Update the adapters by an epoch's rollouts of this process, on all processes together.
@@ -164,10 +170,11 @@ def per_sample_mean(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1)
 
 
-def summed(policy: Tensor, kl: Tensor, beta_kl: float, weight: float, *reported: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss, policy + beta_kl kl summed over the batch, and the sums of all terms without gradient.
+def summed(terms: list[tuple[float, Tensor]], share: float) -> tuple[Tensor, Tensor]:
+    """Return the loss, the weighted terms summed over the batch, and the sums of all terms without gradient.
 
-    Every term is (batch,); further ones are only reported. Both results are multiplied by `weight`.
+    `terms` are (weight, term), each term (batch,); one of weight 0 is only reported. Both results are multiplied by
+    `share`, a rollout's own weight.
     """
-    loss = (policy + beta_kl * kl).sum() * weight
-    return loss, torch.stack([term.detach().sum() for term in (policy, kl, *reported)]) * weight
+    loss = sum(weight * term for weight, term in terms if weight)
+    return torch.as_tensor(loss).sum() * share, torch.stack([term.detach().sum() for _, term in terms]) * share

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nft.objectives.nft import Batch, nft_loss
+from nft.objectives.matching import Batch
+from nft.objectives.nft import nft_loss
 from stitchvm_reward.diffusion.path import anchor_coefficients, bridge, bridge_velocity
 
 CLEAN, NOISE = torch.tensor([[1.0, -1.0, 0.5, 0.0]]), torch.tensor([[0.0, 1.0, -1.0, 2.0]])

@@ -8,8 +8,9 @@ import torch
 
 from nft.config import load_recipe
 from nft.cost.plan import work_lines
-from nft.objectives import nft
-from nft.objectives.nft import NFT, in_share
+from nft.objectives import matching
+from nft.objectives.matching import in_share
+from nft.objectives.nft import NFT
 from stitchvm_reward.errors import InputError
 
 
@@ -51,7 +52,7 @@ def test_the_loss_over_all_shares_is_the_loss_with_the_whole_reference(make_trai
     for matrix in trainer.learner.policy.tensors("current").values():  # away from the base model
         matrix.data += 0.05 * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(matrix.numel()))
     rollout = trainer.collector.collect(0)[0]
-    rollout = replace(rollout, optimality=torch.linspace(0, 1, len(rollout.samples)))
+    rollout = replace(rollout, worth=torch.linspace(0, 1, len(rollout.samples)))
     frozen = trainer.learner.frozen_velocity
 
     def counted(adapter, *inputs):
@@ -63,7 +64,7 @@ def test_the_loss_over_all_shares_is_the_loss_with_the_whole_reference(make_trai
     def sums(chosen):
         """Loss and terms of a micro batch where the base model is run at the chosen levels."""
         calls.clear()
-        monkeypatch.setattr(nft, "in_share", lambda share, seed, number: number in chosen)
+        monkeypatch.setattr(matching, "in_share", lambda share, seed, number: number in chosen)
         with torch.no_grad():
             found = [call() for call in objective.losses(rollout, 0)]
         assert calls[None] == len(chosen)

@@ -26,7 +26,7 @@ def test_a_micro_batch_of_training_asks_for_no_value(make_trainer, tmp_path, set
     trainer = make_trainer(tmp_path / "run", *settings)
     rollout = trainer.collector.collect(0)[0]
     if not settings:
-        object.__setattr__(rollout, "optimality", torch.full((len(rollout.samples),), 0.5))
+        object.__setattr__(rollout, "worth", torch.full((len(rollout.samples),), 0.5))
     with NoValues():
         for compute in trainer.objective.losses(rollout, 0):
             loss, _ = compute()

@@ -33,7 +33,7 @@ def test_a_run_on_stopped_rollouts_trains_audits_and_evaluates_on_images(train, 
     assert rest[1]["train/old_deviation"] >= 0 and rest[0]["train/gradient_norm"] > 0
     rollouts = trainer.collector.collect(0)
     assert {float(t) for r in rollouts for t in r.tau} <= {
-        float(torch.tensor(trainer.collector.sigmas[k])) for k in (1, 2)
+        float(torch.tensor(trainer.objective.sigmas[k])) for k in (1, 2)
     }
     assert trainer.held_out.scorer.values["aesthetic"].backbone.network is trainer.learner.generator.transformer
 

@@ -96,6 +96,8 @@ def test_the_objective_takes_a_real_optimizer_step(example, tmp_path, make_train
     after = trainer.learner.tensors()["adapters"]
     assert trainer.learner.step == 1 and any(not torch.equal(after[name], before[name]) for name in before)
     assert learned.metrics["train/policy_loss"] > 0 and learned.metrics["train/gradient_norm"] > 0
+    assert module.Weighted(parts).worth(torch.tensor([2.0])).item() == pytest.approx(7.389, rel=1e-3)
+    assert learned.metrics["train/weight_std"] > 0
     assert module.Weighted.cost(parts.train).frozen == 1
     assert "sharpness 1" in module.Weighted.describe(parts.train, parts.rollout, 2)[0]
 

@@ -14,7 +14,7 @@ from nft.backend import Backend
 from nft.config import Recipe, load_recipe
 from nft.cost.memory import memory
 from nft.cost.micro_batch import device_memory, fit
-from nft.objectives import objective_class
+from nft.objectives import OBJECTIVES, objective_class
 from nft.scoring import Scorer
 from nft.trainer import Trainer
 from stitchvm_reward.diffusion.generator import Generator
@@ -97,8 +97,10 @@ def cut(path: str, folder: Path) -> tuple[Recipe, list[str]]:
     most = 1 if whole.rollout.stop_window else 2  # levels
     if whole.rollout.stop_window:
         less.append("rollout.stop_window=[1,2]")
-    if whole.train.objective == "nft":
+    if whole.train.objective in ("nft", "awm"):
         less.append(f"train.levels_per_sample={min(most, whole.train.levels_per_sample)}")
+    if whole.train.objective == "flow_grpo":
+        less += ["train.sde_within=2", f"train.sde_steps={min(2, whole.train.sde_steps)}"]
     prompts = folder / "prompts.txt"
     prompts.write_text("".join(f"a picture number {n}\n" for n in range(max(8, evaluated))))
     files = [f"prompts.train={prompts}", f"prompts.held_out={prompts}", f"prompts.cache={folder / 'prompts'}"]
@@ -133,7 +135,7 @@ def observe(watch: Watch) -> None:
     _around(Scorer, "value", lambda: watch.loop("value"))
     _around(Backend, "backward", lambda: watch.loop("backward"))
     _around(Backend, "step", lambda: watch.phase("optimizer"))
-    for name in ("nft", "draft"):
+    for name in OBJECTIVES:
         _observe_losses(objective_class(name), watch)
 
 

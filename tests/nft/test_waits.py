@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from stitchvm_reward.diffusion.solvers import solve_each
 from stitchvm_reward.transfer import RunningMean
-from tests.tiny import DRAFT
+from tests.tiny import AWM, DRAFT, FLOW_GRPO
 
 
 class NoValues(TorchDispatchMode):
@@ -21,12 +21,11 @@ class NoValues(TorchDispatchMode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [(), DRAFT], ids=["nft", "draft"])
+@pytest.mark.parametrize("settings", [(), AWM, FLOW_GRPO, DRAFT], ids=["nft", "awm", "flow_grpo", "draft"])
 def test_a_micro_batch_of_training_asks_for_no_value(make_trainer, tmp_path, settings):
     trainer = make_trainer(tmp_path / "run", *settings)
     rollout = trainer.collector.collect(0)[0]
-    if not settings:
-        object.__setattr__(rollout, "worth", torch.full((len(rollout.samples),), 0.5))
+    object.__setattr__(rollout, "worth", torch.full((len(rollout.samples),), 0.5))
     with NoValues():
         for compute in trainer.objective.losses(rollout, 0):
             loss, _ = compute()

@@ -9,6 +9,7 @@ from nft.cost.memory import memory, with_overhead
 from nft.cost.micro_batch import auto_lines, fit, print_plan
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.tracking import read_metrics
+from tests.tiny import AWM, DRAFT, FLOW_GRPO
 
 GIB = 2**30
 EPOCHS = ("epochs=2", "train.updates_per_epoch=2", "evaluation.every=1", "train.levels_per_sample=2")
@@ -29,7 +30,7 @@ def numbers(folder) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("train.objective=draft", "train.old_schedule=0", "train.levels_per_sample=1")])
+@pytest.mark.parametrize("more", [(), AWM, *((*one, "train.levels_per_sample=1") for one in (DRAFT, FLOW_GRPO))])
 def test_results_do_not_depend_on_any_micro_batch(train, tmp_path, more):
     whole = train(tmp_path / "whole", *EPOCHS, *more)
     expected = numbers(tmp_path / "whole")

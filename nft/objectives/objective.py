@@ -23,7 +23,8 @@ class ObjectiveSettings:
     """What all objectives read."""
 
     beta_kl: float = 1.0e-4
-    """Weight of the mean squared distance to the base model's velocity; 0 skips the base model's forward pass."""
+    """Weight of the mean squared distance to the base model's velocity (flow_grpo: of the divergence from where its
+    stochastic steps end); 0 skips the base model's forward pass."""
 
     def check(self) -> None:
         """Raise InputError for a value out of range."""

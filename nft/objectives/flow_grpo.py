@@ -98,13 +98,13 @@ def kl_term(mean: Tensor, reference: Tensor, step: Step) -> Tensor:
     return per_sample_mean((mean - reference.detach()).square()) / (2 * step.scale.square())
 
 
-def window_start(seed: int, epoch: int, group: int, within: int, steps: int) -> int:
-    """Draw the first of a group's stochastic steps, such that all of them lie within the rollout's first ones.
+def window_starts(seed: int, epoch: int, groups: list[int], within: int, steps: int) -> Tensor:
+    """Draw the first stochastic step of each group, (groups,), such that all lie within the rollout's first ones.
 
     It is addressed by epoch and group, so every process draws the same.
     """
-    generator = randomness.at(seed, randomness.SDE_WINDOWS, epoch, group)
-    return int(torch.randint(0, within - steps + 1, (1,), generator=generator))
+    generators = [randomness.at(seed, randomness.SDE_WINDOWS, epoch, group) for group in groups]
+    return torch.cat([torch.randint(0, within - steps + 1, (1,), generator=generator) for generator in generators])
 
 
 class FlowGRPO(Compared):
@@ -167,9 +167,8 @@ class FlowGRPO(Compared):
 
     def starts(self, epoch: int, samples: list[int]) -> Tensor:
         """Return the first stochastic step of each sample, its group's draw, (batch,) on the CPU."""
-        seed, within, steps = self.parts.seed, self.train.sde_within, self.train.sde_steps
-        size = self.parts.rollout.group_size
-        return torch.tensor([window_start(seed, epoch, n // size, within, steps) for n in samples])
+        groups = [n // self.parts.rollout.group_size for n in samples]
+        return window_starts(self.parts.seed, epoch, groups, self.train.sde_within, self.train.sde_steps)
 
     def step(self, places: Tensor, inside: Tensor, device: torch.device) -> Step:
         """Return the step from the solver's levels at `places` (batch,), stochastic where `inside`; both on the CPU."""

@@ -203,7 +203,7 @@ def test_steps_on_the_same_samples_raise_their_reward(make_trainer, tmp_path, mo
         (("train.beta=.5",), "train.beta is not read"),
         (("train.per_group_std=true",), "train.per_group_std is not read"),
         (("train.objective=nft", "train.draft_steps=2"), "train.draft_steps is not read where train.objective is nft"),
-        (("train.objective=drafts",), "train.objective must be one of nft, draft, got 'drafts'"),
+        (("train.objective=drafts",), "train.objective must be one of nft, draft, awm, flow_grpo, got 'drafts'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(overrides, tmp_path, settings, told):

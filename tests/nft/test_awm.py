@@ -132,7 +132,7 @@ def test_half_precision_velocities_give_float32_losses():
     assert {term.dtype for term in awm_loss(case, 0.25, 1.0)} == {torch.float32}
 
 
-@pytest.mark.parametrize("more", [(), STOPPED])
+@pytest.mark.parametrize("more", [(), pytest.param(STOPPED, marks=pytest.mark.slow)], ids=["full", "stopped"])
 def test_steps_on_the_same_samples_make_the_better_ones_likelier(make_trainer, tmp_path, more):
     """The mean of A times the matching loss falls: good samples are fitted better than before, bad ones worse."""
     trainer = make_trainer(tmp_path / "run", *AWM, *more, "train.learning_rate=5e-4", "train.levels_per_sample=1")
@@ -184,5 +184,5 @@ def test_the_plan_counts_what_is_run():
     found = costs(recipe)
     phases = work(recipe, recipe_geometry(recipe, 1), found)
     assert phases["train"] == pytest.approx(64 * 3 * (found.training_flops + found.forward_flops) / 1e12)
-    assert Objective.cost(load_recipe("recipes/awm.yaml").train).frozen == pytest.approx(1.125)
+    assert Objective.cost(load_recipe("recipes/awm.yaml").train).frozen == 2
     assert "3 of 10 grid levels per sample, matching power 0.25, clip 1, beta_old 1" in "\n".join(work_lines(recipe, 1))

@@ -6,6 +6,8 @@ import pytest
 
 from tests.tiny import AWM, FLOW_GRPO, STOPPED
 
+pytestmark = pytest.mark.slow
+
 KINDS = {
     "awm": (*AWM, *STOPPED, "train.reference_share=1"),
     "flow_grpo": (*FLOW_GRPO, "train.sde_steps=2", "train.sde_clip=1e-6"),
@@ -38,7 +40,6 @@ def test_a_run_logs_its_advantages_and_its_terms(straight, rows):
         assert rows(run)[-1]["train/clipped"] > 0.25
 
 
-@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(straight, train, digests, rows, tmp_path):
     settings, run = straight
     train(tmp_path / "run", *settings, "epochs=1")

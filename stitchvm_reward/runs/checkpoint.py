@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,17 @@ from stitchvm_reward.runs.recipe import CheckpointRecipe
 
 MANIFEST = "manifest.json"
 AWAY = ".away"
+
+
+def _name(epoch: int) -> str:
+    return f"epoch-{epoch:06d}"
+
+
+def _epoch(name: str) -> int | None:
+    """Return the epoch of a checkpoint's name; None for any other name, such as that of a copy that a user made."""
+    number = name.removeprefix("epoch-")
+    # The name must come out again: other spellings of a number are not ours either.
+    return int(number) if re.fullmatch("[0-9]{6,18}", number) and name == _name(int(number)) else None
 
 
 def _digest(path: Path) -> str:
@@ -45,7 +57,7 @@ def save(
     crash at any moment leaves earlier checkpoints intact and no partial checkpoint under this name. Raises InputError
     if writing fails, for instance on a full disk.
     """
-    name = f"epoch-{epoch:06d}"
+    name = _name(epoch)
     staged, final = folder / f".{name}.staged", folder / name
     try:
         _stage(staged, tensors, state)
@@ -59,7 +71,9 @@ def save(
             "checkpoint is intact: make room and run again"
         ) from None
     for old in complete(folder)[: -recipe.keep]:
-        if not recipe.keep_every or int(old.name[-6:]) % recipe.keep_every:
+        # A run that continues from an earlier checkpoint writes names that are not the last ones in their order.
+        outdated = not recipe.keep_every or (_epoch(old.name) or 0) % recipe.keep_every
+        if old != final and outdated:
             with _put_away(old):
                 pass
     return final
@@ -80,7 +94,7 @@ def _put_back(folder: Path) -> None:
     """Restore the names of checkpoints that a crash left renamed and without a replacement."""
     for away in folder.glob(f".epoch-*{AWAY}"):
         path = folder / away.name[1 : -len(AWAY)]
-        if not path.exists() and damage(away) is None:
+        if _epoch(path.name) is not None and not path.exists() and damage(away) is None:
             with suppress(OSError):  # another process of the run was faster
                 os.replace(away, path)
 
@@ -121,8 +135,12 @@ def _stage(staged: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str,
 
 
 def complete(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, oldest first. Only complete checkpoints have their final name."""
-    return sorted(path for path in folder.glob("epoch-*") if path.is_dir())
+    """Return the checkpoints of a folder, oldest first. Only complete checkpoints have their final name.
+
+    Folders with other names, such as copies that a user made, are not checkpoints of the run.
+    """
+    found = [(epoch, path) for path in folder.glob("epoch-*") if (epoch := _epoch(path.name)) is not None]
+    return [path for _, path in sorted(found) if path.is_dir()]
 
 
 def damage(path: Path) -> str | None:
@@ -145,7 +163,7 @@ def expected_epoch(folder: Path, resume: str) -> int:
     """Return the epoch that a run will probably continue from, by the names of its checkpoints; see `choose`."""
     names = [path.name for path in complete(folder)]
     name = "" if resume == "never" else resume if resume in names else (names or [""])[-1]
-    return int(name[-6:] or 0)
+    return _epoch(name) or 0
 
 
 def choose(folder: Path, resume: str, warn) -> Path | None:

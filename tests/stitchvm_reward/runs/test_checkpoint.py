@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -67,6 +68,45 @@ def test_only_the_newest_are_kept(tmp_path):
     for epoch in range(1, 6):
         write(tmp_path, epoch, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-000004", "epoch-000005"]
+
+
+OTHERS = ("epoch-zz-mine", "epoch-000001-backup", "epoch-2", "epoch-0000002", "epoch-99999\u0665", "epoch-000009.old")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_folder_of_another_name_is_neither_a_checkpoint_nor_deleted(tmp_path, name):
+    shutil.copytree(write(tmp_path, 1), tmp_path / name)
+    for epoch in range(2, 5):
+        newest = write(tmp_path, epoch, keep=1)
+        assert checkpoint.complete(tmp_path) == [newest]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "epoch-000004"])
+    assert checkpoint.damage(tmp_path / name) is None
+    assert checkpoint.choose(tmp_path, "auto", print) == newest
+    assert checkpoint.expected_epoch(tmp_path, name) == checkpoint.expected_epoch(tmp_path, "auto") == 4
+    with pytest.raises(InputError, match=f"checkpoint {name} is not in"):
+        checkpoint.choose(tmp_path, name, print)
+
+
+def test_a_copy_that_was_put_away_by_hand_stays_where_it_is(tmp_path):
+    write(tmp_path, 1)
+    kept = tmp_path / f".epoch-mine{checkpoint.AWAY}"
+    shutil.copytree(tmp_path / "epoch-000001", kept)
+    assert checkpoint.choose(tmp_path, "auto", print).name == "epoch-000001" and kept.is_dir()
+
+
+def test_the_checkpoint_just_written_is_kept_beside_later_ones(tmp_path):
+    """A run that continued from an earlier checkpoint must not lose what it writes."""
+    for epoch in (7, 8, 9):
+        write(tmp_path, epoch)
+    assert write(tmp_path, 3, keep=1).is_dir()
+    assert [path.name[-1] for path in checkpoint.complete(tmp_path)] == ["3", "9"]
+
+
+def test_a_millionth_epoch_comes_after_the_one_before_it(tmp_path):
+    for epoch in (999_999, 1_000_000):
+        write(tmp_path, epoch, keep=1)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["epoch-1000000"]
+    assert checkpoint.expected_epoch(tmp_path, "auto") == 1_000_000
 
 
 def test_saving_again_under_a_name_replaces_it(tmp_path):

@@ -12,6 +12,7 @@ from nft.optimization import OptimizationSettings
 from nft.policy import LoraRecipe
 from nft.rollout import RolloutRecipe, require_size
 from stitchvm_reward.diffusion.recipe import ModelRecipe
+from stitchvm_reward.files import check_name, check_path
 from stitchvm_reward.rewards.recipe import RewardRecipe
 from stitchvm_reward.runs.recipe import CheckpointRecipe, at_least, one_of, positive, read_recipe, require
 from stitchvm_reward.runs.tracking import TRACKERS
@@ -127,6 +128,7 @@ class Recipe:
     audit: AuditRecipe = field(default_factory=AuditRecipe)
 
     def __post_init__(self):
+        check_path("out", self.out)
         at_least("seed", self.seed, 0)
         at_least("epochs", self.epochs, 1)
         at_least("timeout", self.timeout, 1)
@@ -135,7 +137,10 @@ class Recipe:
         require("jsonl" in self.tracking, "tracking must include jsonl: resuming reads it", self.tracking)
         require(bool(self.rewards), "rewards must list at least one reward", self.rewards)
         names = ["total", *(reward.name for reward in self.rewards)]
-        names += [metric.rpartition(":")[2] for metric in self.evaluation.metrics]
+        metrics = [metric.rpartition(":")[2] for metric in self.evaluation.metrics]
+        for metric in metrics:
+            check_name("the name of a metric in evaluation.metrics", metric)
+        names += metrics
         require(
             len(set(names)) == len(names), "every reward and metric needs a name of its own beside total", names[1:]
         )

@@ -13,6 +13,8 @@ from typing import Any
 
 from stitchvm_reward.errors import InputError
 
+NAME_LIMIT = 200  # bytes; file systems take 255, and a staged file's name is longer than its own
+
 # The mask can only be read by setting it, which is safe once, before there are threads.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -21,6 +23,26 @@ os.umask(_UMASK)
 def _nearest(path: Path) -> Path:
     """Return the nearest parent of a path that exists."""
     return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def check_name(what: str, name: str) -> None:
+    """Raise InputError unless `name`, which comes from a file, may become a part of a path or of a label in one.
+
+    It is 1 to NAME_LIMIT bytes of printable characters without separators, and not `.` or `..`.
+    """
+    length = len(name.encode(errors="replace"))
+    if not (0 < length <= NAME_LIMIT and name.isprintable() and name not in (".", "..") and not set(name) & set("/\\")):
+        raise InputError(
+            f"{what} becomes part of a path: it must be 1 to {NAME_LIMIT} printable bytes without / or \\, and not . "
+            f"or .., got {name[:80]!r}" + (f"... ({length} bytes)" if len(name) > 80 else "")
+        )
+
+
+def check_path(what: str, path: str) -> None:
+    """Raise InputError unless every part of a path that a recipe names is one that `check_name` accepts, or `..`."""
+    for part in Path(path).parts:
+        if part not in ("/", ".."):
+            check_name(f"a folder in {what}", part)
 
 
 def _remove(path: Path) -> None:

@@ -13,6 +13,7 @@ from stitchvm_reward.diffusion.generator import Generator, chosen_guidance
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import family_of
 from stitchvm_reward.families.family import Conditions, Family, PartialForward
+from stitchvm_reward.files import check_name
 from stitchvm_reward.hub import locate
 
 SIGNATURE = 16  # numbers kept of each of a few weights, which identify a network in any number format
@@ -84,7 +85,10 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     """Return which file of a transformer folder holds which tensor."""
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files = json.loads(index.read_text())["weight_map"]
+        for file in set(files.values()):
+            check_name(f"a file named in {index}", file)
+        return {name: folder / file for name, file in files.items()}
     single = folder / "diffusion_pytorch_model.safetensors"
     with safe_open(single, framework="pt") as file:
         return dict.fromkeys(file.keys(), single)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import check_name
 from stitchvm_reward.rewards.clip import TEXT_KINDS
 from stitchvm_reward.runs.recipe import one_of, require
 
@@ -53,6 +54,7 @@ class RewardRecipe:
             require(bool(self.model), f"a reward of kind {self.kind} needs model: a CLIP folder or hub id", self.model)
         if self.kind == "aesthetic":
             require(bool(self.head), "a reward of kind aesthetic needs head: a file, folder or hub id", self.head)
+        check_name(f"the name of a reward of kind {self.kind[:80]!r}", self.name)
         require(self.kind == "value" or not self.stitch, "only a reward of kind value has stitch", self.stitch)
         require(
             bool(self.custom) or not self.options,
@@ -70,5 +72,5 @@ class RewardRecipe:
         """The reward's name in logs; a value model is named after the run that wrote it."""
         if self.kind == "value":
             folder = Path(self.value_model)
-            return folder.parent.name if folder.name == "value_model" else folder.name
+            return folder.parent.name or folder.name if folder.name == "value_model" else folder.name
         return self.custom.rpartition(":")[2] or self.kind

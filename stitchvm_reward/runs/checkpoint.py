@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.files import usual_mode
+from stitchvm_reward.files import check_name, usual_mode
 from stitchvm_reward.runs.recipe import CheckpointRecipe
 
 MANIFEST = "manifest.json"
@@ -152,6 +152,10 @@ def damage(path: Path) -> str | None:
     if not isinstance(manifest, dict) or not manifest:
         return "its manifest names no files"
     for name, expected in manifest.items():
+        try:
+            check_name("a name in its manifest", name)
+        except InputError as error:
+            return str(error)
         if not (path / name).is_file():
             return f"{name} is missing"
         if _digest(path / name) != expected:

@@ -15,7 +15,7 @@ from stitchvm_reward.diffusion.prompt_cache import PromptCache
 from stitchvm_reward.diffusion.recipe import ModelRecipe
 from stitchvm_reward.errors import InputError, nearest
 from stitchvm_reward.families import architecture_of
-from stitchvm_reward.files import write_json
+from stitchvm_reward.files import check_name, check_path, write_json
 from stitchvm_reward.measure import machine, peak_mib, timed
 from stitchvm_reward.rewards import FunctionReward, check_custom, check_finite, find_function
 from stitchvm_reward.rewards.recipe import RewardRecipe
@@ -52,6 +52,10 @@ class ArmRecipe:
         """Family and label."""
         return f"{self.family} {self.label}"
 
+    def file(self, seed: int) -> str:
+        """Name of the arm's result of a seed."""
+        return f"{self.name}-seed{seed}.json".replace(" ", "-")
+
 
 @dataclass
 class ComparisonRecipe:
@@ -81,8 +85,18 @@ class ComparisonRecipe:
         at_least("count", self.count, 2)
         at_least("cost_prompts", self.cost_prompts, 1)
         require(bool(self.seeds) and min(self.seeds) >= 0, "seeds must be numbers from 0 on", self.seeds)
-        names = [arm.name for arm in self.arms]
-        require(bool(names) and len(set(names)) == len(names), "every arm needs a unique family and label", names)
+        require(max(self.seeds) < 2**63, "seeds must be below 2^63", max(self.seeds))
+        check_path("out", self.out)
+        for arm in self.arms:
+            check_name("the name of an arm, its family and label,", arm.file(max(self.seeds)))
+        for measure in self.measures:
+            check_name("the name of a measure in measures", measure.rpartition(":")[2])
+        names, files = [arm.name for arm in self.arms], {arm.file(0) for arm in self.arms}
+        require(
+            bool(names) and len(files) == len(names),
+            "every arm needs a family and label of its own, where a space and a hyphen count as equal",
+            names,
+        )
         for arm in self.arms:
             require(arm.method in METHODS, f"an arm's method: {nearest(arm.method, list(METHODS))}", arm.method)
 
@@ -196,7 +210,7 @@ def run(comparison: Comparison, cost: bool) -> None:
         return
     for seed in recipe.seeds:
         for arm in recipe.arms:
-            path = folder / f"{arm.name}-seed{seed}.json".replace(" ", "-")
+            path = folder / arm.file(seed)
             if not path.exists():
                 write_json(path, description | {"arm": arm.__dict__} | comparison.quality(arm, seed))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from stitchvm_reward.diffusion.recipe import ModelRecipe
+from stitchvm_reward.files import check_path
 from stitchvm_reward.rewards.clip import TEXT_KINDS
 from stitchvm_reward.runs.recipe import CheckpointRecipe, at_least, one_of, positive, read_recipe, require
 from stitchvm_reward.runs.tracking import check_trackers
@@ -199,6 +200,7 @@ class StitchRecipe:
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
 
     def __post_init__(self):
+        check_path("out", self.out)
         at_least("seed", self.seed, 0)
         at_least("timeout", self.timeout, 1)
 

@@ -80,7 +80,7 @@ def test_a_comparison_measures_every_arm_once_and_draws_what_it_found(comparison
     ("change", "told"),
     [
         ("seeds=[]", "seeds must be numbers from 0 on"),
-        ("arms=[]", "every arm needs a unique family and label"),
+        ("arms=[]", "every arm needs a family and label of its own"),
         ("count=201", "count must be at most 200, the number of prompts in miniature/prompts/held_out.txt, got 201"),
         ("arms=[{family: a, label: b, method: fkk, recipe: c}]", "an arm's method: did you mean 'fk'?"),
         ("arms=[{family: a, label: b, method: fk, recipe: nowhere.yaml}]", "recipe not found: nowhere.yaml"),

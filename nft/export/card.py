@@ -16,6 +16,7 @@ from stitchvm_reward.errors import InputError
 from stitchvm_reward.hub import is_hub_id
 from stitchvm_reward.runs.recipe import dump
 from stitchvm_reward.runs.tracking import read_metrics
+from stitchvm_reward.secrets import refuse_secrets, refuse_secrets_in
 
 FORMATS = ("comfyui", "peft", "merged")
 OUR_TAG = "stitch-nft"
@@ -171,8 +172,9 @@ def write_card(folder: Path, trained: Trained, texts: Texts, *, kind: str, dtype
         dump(recipe).rstrip(),
         "```",
     ]
-    text = "\n".join(body)
-    ModelCard(f"---\n{_front_matter(trained, texts).to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
+    text = f"---\n{_front_matter(trained, texts).to_yaml()}\n---\n\n" + "\n".join(body) + "\n"
+    refuse_secrets(text, "a model card")
+    ModelCard(text).save(folder / "README.md")
 
 
 def is_our_card(path: Path) -> bool:
@@ -200,8 +202,10 @@ def check_login(repository: str) -> None:
 def push(folder: Path, repository: str, public: bool = False) -> str:
     """Upload an export's folder to a repository on the hub, created if necessary, and return the address.
 
-    A new repository is private unless `public`. Raises InputError where the hub refuses or cannot be reached.
+    A new repository is private unless `public`. Raises InputError where a file contains a secret, or the hub refuses
+    or cannot be reached.
     """
+    refuse_secrets_in(folder, {"the login to the hub": token} if (token := get_token()) else {})
     api = HfApi()
     try:
         address = api.create_repo(repository, private=not public, exist_ok=True)

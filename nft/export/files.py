@@ -21,6 +21,7 @@ from stitchvm_reward.errors import InputError
 from stitchvm_reward.files import staged
 from stitchvm_reward.hub import locate
 from stitchvm_reward.runs.recipe import DTYPES, one_of
+from stitchvm_reward.secrets import refuse_secrets
 
 WRONG = "the export is wrong and was removed"
 
@@ -218,6 +219,8 @@ def export(
     dtype = dtype or (trained.recipe.model.dtype if kind == "merged" else "float32")
     one_of("--dtype", dtype, DTYPES)
     check_destination(out, replace)
+    for name, given in (("title", texts.title), ("author", texts.author), ("license", texts.license)):
+        refuse_secrets(given or "", f"--{name}")
     try:
         with staged(out) as folder:
             folder.mkdir()

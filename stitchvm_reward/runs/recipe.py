@@ -1,7 +1,9 @@
 """Recipes: typed dataclasses read from YAML with `base:` and key=value overrides; mistakes are reported in one line."""
 
 import dataclasses
+import io
 import math
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from stitchvm_reward.errors import InputError, nearest
+from stitchvm_reward.secrets import refuse_secrets
 
+REFERENCE = re.compile(r"\$\{[\w.\[\]]+\}")  # to another key; see `_only_references`
 DTYPES = ("float32", "bfloat16", "float16")
 Kind = typing.TypeVar("Kind")
 
@@ -74,6 +78,20 @@ def _known_keys(kind: Any, given: Any, where: str) -> None:
                     _known_keys(element, item, f"{where}{key}[{index}].")
 
 
+def _only_references(content: Any, where: str) -> None:
+    """Raise InputError for a value ${...} that is more than a reference to another key.
+
+    Recipes are passed on. OmegaConf's functions, such as oc.env, would let one read a token into what a run writes.
+    """
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        _only_references(value, where)
+    if isinstance(content, str) and "${" in REFERENCE.sub("", content):
+        raise InputError(
+            f"{where} must not read the environment or call functions: ${{...}} may only name another key, as "
+            f"${{model.path}} does, got {content[:80]!r}; give the value as an override on the command line"
+        )
+
+
 def _read_yaml(kind: type | None, path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return a recipe file merged over its `base:` files; `below` are the files that lead here."""
     if path.resolve() in below:
@@ -81,13 +99,16 @@ def _read_yaml(kind: type | None, path: Path, below: tuple[Path, ...] = ()) -> d
     if not path.is_file():
         raise InputError(f"recipe not found: {path}")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        text = path.read_text(encoding="utf-8")
+        refuse_secrets(text, f"recipe {path}")  # before an error could show a part of it
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text") from None
     except (YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold recipe keys, got {content!r}")
+    _only_references(content, str(path))
     base = content.pop("base", None)
     if not isinstance(base, str | None):
         raise InputError(f"base must be a file name, got {base!r} in {path}")
@@ -111,6 +132,7 @@ def read_recipe(kind: type[Kind], path: str | Path, overrides: list[str] | None 
     """
     content = _read_yaml(kind, Path(path))
     for override in overrides or []:
+        refuse_secrets(override, "an override")
         if "=" not in override.lstrip("="):
             raise InputError(f"an override is written key=value, got {override!r}")
         try:
@@ -120,6 +142,7 @@ def read_recipe(kind: type[Kind], path: str | Path, overrides: list[str] | None 
     try:
         given = OmegaConf.from_dotlist(list(overrides or []))
         _known_keys(kind, OmegaConf.to_container(given), "")
+        _only_references(OmegaConf.to_container(given), "an override")
         merged = OmegaConf.merge(OmegaConf.create(content), given)
         whole = OmegaConf.merge(OmegaConf.structured(kind), merged)
         missing = sorted(OmegaConf.missing_keys(whole))
@@ -133,5 +156,7 @@ def read_recipe(kind: type[Kind], path: str | Path, overrides: list[str] | None 
 
 
 def dump(recipe: Any) -> str:
-    """Return the resolved recipe as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
+    """Return the resolved recipe as YAML. Raises InputError if it contains a secret of the environment."""
+    text = OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
+    refuse_secrets(text, "a recipe")
+    return text

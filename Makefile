@@ -6,7 +6,7 @@ export TRANSFORMERS_VERBOSITY ?= error
 export DIFFUSERS_VERBOSITY ?= error
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all check slurm gpu clean
+.PHONY: demo test test-ci test-all check slurm gpu clean
 
 .venv/ready: constraints.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -27,7 +27,11 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist
 test: .venv/ready check
 	$(PYTEST) -m "not slow"
 
-# Every backend, every signal, repeated kills, and SLURM where it can be installed.
+# Several processes, every signal, repeated kills, and SLURM where it can be installed.
+test-ci: .venv/ready check slurm
+	$(PYTEST) -m "not exhaustive"
+
+# The same on more backends, models, and recipes.
 test-all: .venv/ready check slurm
 	$(PYTEST)
 

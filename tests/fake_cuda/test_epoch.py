@@ -20,7 +20,7 @@ PHASES = {
 OPTIONS = {"aesthetic_24gb": ["--memory", "24"]}
 
 
-@pytest.mark.parametrize("name", PHASES)
+@pytest.mark.parametrize("name", [pytest.param("draft_pixel", marks=pytest.mark.exhaustive), "aesthetic_24gb"])
 def test_an_epoch_waits_for_nothing_multiplies_in_bfloat16_and_needs_what_the_plan_says(name, tmp_path):
     out = tmp_path / "found.json"
     options = ["--out", str(out), *OPTIONS.get(name, [])]

@@ -74,6 +74,13 @@ def submitted(jobs, overrides, tmp_path_factory):
     after = ("--array=0-1", f"--dependency=afterok:{names['first']}")
     names["seeds"] = jobs.run(1, *after, given=overrides(folder / "seeds", "epochs=2", REWARD))
     names["last"] = jobs.submit(f"--dependency=afterok:{names['seeds']}", "--wrap", f"ls {folder}/seeds-seed*")
+    log = jobs.folder / f"{names['seeds']}_1/attempt-0/rank-0.log"
+    wait_for(lambda: log.exists() and "epoch 0/2" in log.read_text(), 240, lambda: jobs.told(names["seeds"]))
+    ask("scancel", "--signal=USR1", f"{names['seeds']}_1", environment=jobs.environment)
+    output = jobs.folder / f"{names['stopped']}.out"
+    wait_for(lambda: "requeued" in output.read_text(), 240, lambda: jobs.told(names["stopped"]))
+    # On slow cores another three minutes might not be enough, and there would be a second stop.
+    ask("scontrol", "update", f"JobId={names['stopped']}", "TimeLimit=10", environment=jobs.environment)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
         [*launcher, "launch/nft.py", RECIPE, *overrides(folder / "straight", *SETTINGS)],
@@ -82,12 +89,6 @@ def submitted(jobs, overrides, tmp_path_factory):
         timeout=300,
         check=True,
     )
-    log = jobs.folder / f"{names['seeds']}_1/attempt-0/rank-0.log"
-    wait_for(lambda: log.exists() and "epoch 0/2" in log.read_text(), 240, lambda: jobs.told(names["seeds"]))
-    ask("scancel", "--signal=USR1", f"{names['seeds']}_1", environment=jobs.environment)
-    output = jobs.folder / f"{names['stopped']}.out"
-    wait_for(lambda: "requeued" in output.read_text(), 240, lambda: jobs.told(names["stopped"]))
-    ask("scontrol", "update", f"JobId={names['stopped']}", "TimeLimit=10", environment=jobs.environment)
     return folder, names
 
 
@@ -95,12 +96,13 @@ def test_a_job_is_stopped_before_its_time_is_over_and_goes_on_bit_for_bit_when_r
     folder, names = submitted
     job = names["stopped"]
     jobs.wait(job, "COMPLETED", 400)
-    assert jobs.show(job, "Restarts") == "1" and jobs.show(job, "ExitCode") == "0:0"
+    restarts = int(jobs.show(job, "Restarts"))
+    assert restarts >= 1 and jobs.show(job, "ExitCode") == "0:0"
     output = (jobs.folder / f"{job}.out").read_text()
     assert re.search(rf"stopped by a signal after epoch \d+ of {EPOCHS}: requeued", output), output
     assert output.splitlines()[-1].startswith("done:")
     logs = sorted(str(path.relative_to(jobs.folder / job)) for path in (jobs.folder / job).glob("*/*.log"))
-    assert logs == [f"attempt-{attempt}/rank-{rank}.log" for attempt in (0, 1) for rank in (0, 1)]
+    assert logs == [f"attempt-{attempt}/rank-{rank}.log" for attempt in range(restarts + 1) for rank in (0, 1)]
     assert "resumed from" in (jobs.folder / job / "attempt-1/rank-0.log").read_text()
     jobs.wait(names["after"], "COMPLETED", 30)
     assert "lora.safetensors" in (jobs.folder / f"{names['after']}.out").read_text()

@@ -12,7 +12,7 @@ from pathlib import Path
 # This file runs as a script: the root of the repository must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import available_device, hide_loading_bars, run_command  # noqa: E402
+from stitchvm_reward.command import add_trust_option, available_device, hide_loading_bars, run_command  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 
@@ -53,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     images.add_argument("--count", type=int, help="held-out prompts; default: the recipe's evaluation.samples")
     images.add_argument("--seed", type=int, help="seed of the noise; default: the recipe's")
     images.add_argument("--out", type=Path, metavar="FILE.json", help="JSON file to write")
+    add_trust_option(images)
     steering = commands.add_parser(
         "steering",
         description="Measure the arms of a comparison: reward and measures on one image per prompt and seed. Each arm "
@@ -70,6 +71,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     steering.add_argument("--floor", metavar="MEASURE", help="a measure that should be kept, for --pareto")
     steering.add_argument("--against", metavar="ARM", help="arm that differences are to; default: the first one")
+    add_trust_option(steering)
     parsed, rest = parser.parse_known_args(arguments)
     # In a subcommand, argparse does not accept positional arguments that follow an option.
     if rest and (parsed.command == "value" or any(word.startswith("-") for word in rest)):
@@ -96,8 +98,10 @@ def run_images(arguments: argparse.Namespace) -> None:
     if arguments.seed is not None and arguments.seed < 0:
         raise InputError(f"--seed must be 0 or more, got {arguments.seed}")
     from nft.config import load_recipe
+    from stitchvm_reward.runs.recipe import require_trust
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    require_trust(recipe.code, arguments.trust_code, arguments.recipe)
     from nft.evaluation.measure import evaluate_images, table
     from stitchvm_reward.bootstrap import CONFIDENCE
     from stitchvm_reward.measure import machine
@@ -164,8 +168,9 @@ def run_steering(arguments: argparse.Namespace) -> None:
     if arguments.against is not None and not drawn:
         raise InputError(f"--against is for the tables of --plot and --pareto, got {arguments.against!r} with neither")
     from stitchvm_reward.runs.numerics import set_numerics
-    from stitchvm_reward.runs.recipe import read_recipe
+    from stitchvm_reward.runs.recipe import read_recipe, require_trust
     from stitchvm_reward.steering.evaluate import Comparison, ComparisonRecipe, run
+    from stitchvm_reward.steering.settings import SteeringRecipe
 
     recipe = read_recipe(ComparisonRecipe, arguments.recipe, arguments.overrides)
     if drawn:
@@ -181,6 +186,10 @@ def run_steering(arguments: argparse.Namespace) -> None:
             draw(arms, arguments.plot)
         print(report(arms, arguments.against))
         return
+    require_trust(recipe.code, arguments.trust_code, arguments.recipe)
+    for arm in recipe.arms:
+        steering = read_recipe(SteeringRecipe, arm.recipe, list(arm.changes))
+        require_trust(steering.code, arguments.trust_code, arguments.recipe, arm.recipe)
     set_numerics(bool(recipe.model.deterministic), recipe.model.tf32)
     check_writable(Path(recipe.out).expanduser() / "costs.json")
     from stitchvm_reward.prompts import read_prompts

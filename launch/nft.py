@@ -8,7 +8,7 @@ from pathlib import Path
 # This file has the name of the package that it starts: the root of the repository must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import hide_loading_bars, run_command  # noqa: E402
+from stitchvm_reward.command import add_trust_option, hide_loading_bars, run_command  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 
 
@@ -24,13 +24,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, help="number of processes to plan for (with --dry-run)")
     parser.add_argument("--check", action="store_true", help="rerun the first epochs and compare with the reference")
     parser.add_argument("--record", type=int, metavar="EPOCHS", help="write that reference from this many epochs")
+    add_trust_option(parser)
     return parser.parse_intermixed_args(arguments)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from nft.config import load_recipe
+    from stitchvm_reward.runs.recipe import require_trust
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    require_trust(recipe.code, arguments.trust_code, arguments.recipe)
     if arguments.dry_run:
         from nft.cost.micro_batch import print_plan
         from nft.value_models import build_plan

@@ -11,7 +11,7 @@ from pathlib import Path
 # This file runs as a script: the root of the repository must come before this folder.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from stitchvm_reward.command import available_device, hide_loading_bars, run_command  # noqa: E402
+from stitchvm_reward.command import add_trust_option, available_device, hide_loading_bars, run_command  # noqa: E402
 from stitchvm_reward.errors import InputError  # noqa: E402
 from stitchvm_reward.files import check_writable, write_json  # noqa: E402
 
@@ -48,6 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     steering.add_argument("--steering", metavar="RECIPE", help="a recipe such as recipes/steer/shapes.yaml")
     steering.add_argument("--set", nargs="+", default=[], metavar="key=value", help="recipe keys to set")
+    add_trust_option(parser)
     steering.add_argument("--trace", type=Path, metavar="OUT.json", help="write the particles' values and ancestors")
     return parser.parse_args(arguments)
 
@@ -81,12 +82,13 @@ def read_steering(arguments: argparse.Namespace):
         raise InputError(
             f"--batch is for plain sampling, got {arguments.batch}; set micro_batch of the steering recipe"
         )
-    from stitchvm_reward.runs.recipe import read_recipe
+    from stitchvm_reward.runs.recipe import read_recipe, require_trust
     from stitchvm_reward.steering.build import check_rewards
     from stitchvm_reward.steering.settings import SteeringRecipe
 
     given = [f"{name}={getattr(arguments, name)}" for name in ("steps", "guidance", "seed") if vars(arguments)[name]]
     recipe = read_recipe(SteeringRecipe, arguments.steering, [*given, *arguments.set])
+    require_trust(recipe.code, arguments.trust_code, arguments.steering)
     recipe.require_method(arguments.steer)
     check_rewards(recipe)
     if arguments.trace is not None:

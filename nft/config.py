@@ -127,6 +127,11 @@ class Recipe:
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     audit: AuditRecipe = field(default_factory=AuditRecipe)
 
+    @property
+    def code(self) -> list[str]:
+        """Functions and classes that the recipe runs, as package.module:name."""
+        return [reward.custom for reward in self.rewards if reward.custom] + self.evaluation.metrics
+
     def __post_init__(self):
         check_path("out", self.out)
         at_least("seed", self.seed, 0)

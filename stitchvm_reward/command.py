@@ -3,6 +3,7 @@
 Import this before transformers and diffusers, which read their verbosity at import.
 """
 
+import argparse
 import logging
 import os
 import re
@@ -33,6 +34,15 @@ def available_device() -> "torch.device":
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    """Add --trust-code to a command that runs what a recipe names; see `stitchvm_reward.runs.recipe.require_trust`."""
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="run code that a recipe outside the current folder names (package.module:name)",
+    )
 
 
 def hide_loading_bars() -> None:

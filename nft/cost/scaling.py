@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from stitchvm_reward.command import available_device, hide_loading_bars, run_command
+from stitchvm_reward.command import add_trust_option, available_device, hide_loading_bars, run_command
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.files import check_writable, write_json
 
@@ -41,6 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=4, help="measured epochs, after one for warm-up")
     parser.add_argument("--estimate", action="store_true", help="print bytes and estimates for many GPUs; run nothing")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    add_trust_option(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(arguments)
 
@@ -253,8 +254,10 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         check_writable(arguments.out)
     from nft.config import load_recipe
+    from stitchvm_reward.runs.recipe import require_trust
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    require_trust(recipe.code, arguments.trust_code, arguments.recipe)
     about = {"recipe": arguments.recipe, "overrides": arguments.overrides}
     if arguments.estimate:
         result, text = estimated(recipe)

@@ -92,16 +92,14 @@ def _only_references(content: Any, where: str) -> None:
         )
 
 
-def _read_yaml(kind: type | None, path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return a recipe file merged over its `base:` files; `below` are the files that lead here."""
-    if path.resolve() in below:
-        raise InputError(f"{path} is its own base; a base must be another file")
+def _read_file(path: Path) -> tuple[dict[str, Any], Path | None]:
+    """Return the keys of one recipe file and the path of its `base:` file, if any."""
     if not path.is_file():
         raise InputError(f"recipe not found: {path}")
     try:
         text = path.read_text(encoding="utf-8")
         refuse_secrets(text, f"recipe {path}")  # before an error could show a part of it
-        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+        content: Any = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text") from None
     except (YAMLError, OmegaConfBaseException) as error:
@@ -112,11 +110,19 @@ def _read_yaml(kind: type | None, path: Path, below: tuple[Path, ...] = ()) -> d
     base = content.pop("base", None)
     if not isinstance(base, str | None):
         raise InputError(f"base must be a file name, got {base!r} in {path}")
+    return content, None if base is None else path.parent / base
+
+
+def _read_yaml(kind: type | None, path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return a recipe file merged over its `base:` files; `below` are the files that lead here."""
+    if path.resolve() in below:
+        raise InputError(f"{path} is its own base; a base must be another file")
+    content, base = _read_file(path)
     if kind is not None:
         _known_keys(kind, content, "")
     whole: Any = OmegaConf.create(content)
     if base is not None:
-        whole = OmegaConf.merge(OmegaConf.create(_read_yaml(kind, path.parent / base, (*below, path.resolve()))), whole)
+        whole = OmegaConf.merge(OmegaConf.create(_read_yaml(kind, base, (*below, path.resolve()))), whole)
     return typing.cast(dict[str, Any], OmegaConf.to_container(whole))
 
 
@@ -153,6 +159,23 @@ def read_recipe(kind: type[Kind], path: str | Path, overrides: list[str] | None 
         first = str(error).splitlines()[0]
         key = getattr(error, "full_key", None)
         raise InputError(f"recipe key {key}: {first}" if key else f"recipe: {first}") from None
+
+
+def require_trust(code: list[str], trusted: bool, *paths: str | Path) -> None:
+    """Raise InputError where recipe files that have been read would run `code`, unless that is safe.
+
+    It is safe if the user says so (`trusted`), or if the files and all their `base:` files lie in the current folder,
+    among the user's own code. Call this before anything of `code` is imported.
+    """
+    for first in paths if code and not trusted else ():
+        path: Path | None = Path(first)
+        while path is not None:
+            if not path.resolve().is_relative_to(Path.cwd()):
+                raise InputError(
+                    f"{path} lies outside the current folder, and the recipe runs code: {', '.join(code)}; read that "
+                    "code, then add --trust-code, or copy the recipe into the current folder"
+                )
+            path = _read_file(path)[1]
 
 
 def dump(recipe: Any) -> str:

@@ -81,6 +81,11 @@ class ComparisonRecipe:
     """Further measures, each a package.module:function taking (images, prompts)."""
     arms: list[ArmRecipe] = field(default_factory=list)
 
+    @property
+    def code(self) -> list[str]:
+        """Functions and classes that the comparison, without its arms, runs, as package.module:name."""
+        return [*self.measures, *([self.reward.custom] if self.reward.custom else [])]
+
     def __post_init__(self):
         at_least("count", self.count, 2)
         at_least("cost_prompts", self.cost_prompts, 1)

@@ -172,6 +172,11 @@ class SteeringRecipe(Settings):
     rollouts: int = 4
     """Rollouts per Monte Carlo estimate."""
 
+    @property
+    def code(self) -> list[str]:
+        """Functions and classes that the recipe runs, as package.module:name."""
+        return [reward.custom for reward in self.rewards if reward.custom]
+
     def __post_init__(self):
         super().__post_init__()
         require(bool(self.rewards), "rewards must list at least one reward", self.rewards)

@@ -62,7 +62,7 @@ def refuses(monkeypatch, capfd, recipe):
 
     def run(*overrides, message):
         monkeypatch.setattr(sys, "path", list(sys.path))
-        monkeypatch.setattr(sys, "argv", ["launch/nft.py", str(recipe), *overrides])
+        monkeypatch.setattr(sys, "argv", ["launch/nft.py", str(recipe), *overrides, "--trust-code"])
         specification = importlib.util.spec_from_file_location("launch_nft", ROOT / "launch" / "nft.py")
         command = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(command)

@@ -78,7 +78,7 @@ def test_the_interval_is_the_bootstraps_and_paired():
 
 def test_the_command_prints_a_table_and_writes_the_same_as_json(trained_run, lora, launched, tmp_path):
     code, out, error = launched(
-        *("evaluate", "images", trained_run[1] / "recipe.yaml", "--lora", lora, "--count", 3),
+        *("evaluate", "images", trained_run[1] / "recipe.yaml", "--trust-code", "--lora", lora, "--count", 3),
         *("--out", tmp_path / "deeper" / "found.json", "evaluation.steps=1"),
     )
     assert code == 0, error
@@ -93,7 +93,9 @@ def test_the_command_prints_a_table_and_writes_the_same_as_json(trained_run, lor
 
 
 def test_without_a_lora_the_table_is_of_the_base(trained_run, launched):
-    code, out, _ = launched("evaluate", "images", trained_run[1] / "recipe.yaml", "evaluation.steps=1", "--count", 2)
+    code, out, _ = launched(
+        "evaluate", "images", trained_run[1] / "recipe.yaml", "--trust-code", "evaluation.steps=1", "--count", 2
+    )
     assert code == 0 and "tuned" not in out and out.splitlines()[1].split()[0] == "aesthetic"
 
 
@@ -112,7 +114,9 @@ def test_without_a_lora_the_table_is_of_the_base(trained_run, launched):
 )
 def test_bad_arguments_are_told_in_one_line(arguments, told, trained_run, launched, tmp_path):
     out_file = ("--out", tmp_path / "found.json")
-    code, out, error = launched("evaluate", "images", trained_run[1] / "recipe.yaml", *out_file, *arguments)
+    code, out, error = launched(
+        "evaluate", "images", trained_run[1] / "recipe.yaml", "--trust-code", *out_file, *arguments
+    )
     assert code == 2 and out == "" and len(error.splitlines()) == 1 and told in error, error
     assert not list(tmp_path.iterdir())
 

@@ -37,7 +37,7 @@ def comparison(tmp_path, pytestconfig):
 @pytest.mark.slow
 def test_a_comparison_measures_every_arm_once_and_draws_what_it_found(comparison, launched, tmp_path):
     path, cache = comparison
-    assert launched("evaluate", "steering", path, cache)[0] == 0
+    assert launched("evaluate", "steering", path, "--trust-code", cache)[0] == 0
     files = sorted((tmp_path / "out").glob("*.json"))
     assert len(files) == 6
     found = [json.loads(file.read_text()) for file in files]
@@ -49,11 +49,11 @@ def test_a_comparison_measures_every_arm_once_and_draws_what_it_found(comparison
         assert all(1 <= number <= 2 for number in one["scores"].get("founders", []))
     before = [file.stat().st_mtime_ns for file in files]
     files[0].unlink()
-    assert launched("evaluate", "steering", path, cache)[0] == 0  # goes on with what is missing
+    assert launched("evaluate", "steering", path, "--trust-code", cache)[0] == 0  # goes on with what is missing
     assert [file.stat().st_mtime_ns for file in files[1:]] == before[1:] and files[0].exists()
     assert json.loads(files[0].read_text())["row"] == row
 
-    assert launched("evaluate", "steering", path, cache, "--cost")[0] == 0
+    assert launched("evaluate", "steering", path, "--trust-code", cache, "--cost")[0] == 0
     costs = {cost["family"]: cost for cost in json.loads((tmp_path / "out" / "costs.json").read_text())["rows"]}
     assert all(cost["seconds"] > 0 and cost["gigaflop"] > 0 and cost["peak_mib"] > 0 for cost in costs.values())
     drawn = (
@@ -64,7 +64,7 @@ def test_a_comparison_measures_every_arm_once_and_draws_what_it_found(comparison
         "--floor",
         "checker_share",
     )
-    code, out, _ = launched("evaluate", "steering", path, cache, *drawn, "--against", "FK + V 2")
+    code, out, _ = launched("evaluate", "steering", path, "--trust-code", cache, *drawn, "--against", "FK + V 2")
     assert code == 0
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("plot.png", "deeper/pareto.png"))
     lines = out.splitlines()
@@ -89,7 +89,7 @@ def test_a_comparison_measures_every_arm_once_and_draws_what_it_found(comparison
 )
 def test_a_comparison_that_cannot_be_made_is_told_in_one_line(comparison, launched, tmp_path, change, told):
     path, cache = comparison
-    code, out, error = launched("evaluate", "steering", path, cache, change)
+    code, out, error = launched("evaluate", "steering", path, "--trust-code", cache, change)
     assert code == 2 and out == "" and len(error.splitlines()) == 1 and told in error, error
     assert not (tmp_path / "out").exists()
 
@@ -169,6 +169,6 @@ def test_what_cannot_be_tabulated_is_told_in_one_line(comparison, measured, laun
     write_json(
         out / "FK-2-seed1.json", {"row": {"family": "FK", "label": "2", "seed": 1, "prompts": 50, "reward": 6.4}}
     )
-    for arguments in (plot, ()):  # and nothing is measured beside such a result
+    for arguments in (plot, ("--trust-code",)):  # and nothing is measured beside such a result
         code, _, error = launched("evaluate", "steering", path, *arguments)
         assert code == 2 and "FK-2-seed1.json lacks the scores of each prompt; remove it and run" in error

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stitchvm_reward.errors import InputError, nearest
 from stitchvm_reward.rewards.recipe import RewardRecipe
+from stitchvm_reward.users_code import users_code
 
 ScoreFunction = Callable[[Tensor, list[str]], Tensor]
 
@@ -19,10 +20,8 @@ def find_function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if not attribute or not module or module.startswith("."):
         raise InputError(f"a function is written package.module:function, got {name!r}")
-    try:
+    with users_code(name, f"cannot import {name} (is it on PYTHONPATH?):"):
         target = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # importing a user's module may fail in any way
-        raise InputError(f"cannot import {name} ({_reason(error)}); is it on PYTHONPATH?") from None
     if not callable(target):
         raise InputError(f"{name} is not a function or class")
     return target
@@ -49,13 +48,9 @@ def load_custom(reward: RewardRecipe, device: torch.device) -> "FunctionReward":
     options = dict(reward.options)
     if "device" in _parameters(target):
         options.setdefault("device", device)
-    try:
+    with users_code(name, f"{name} cannot be constructed:"):
         instance: Any = target(**options)
         return FunctionReward(name, instance.score)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"{name} cannot be constructed: {_reason(error)}") from error
 
 
 class FunctionReward:
@@ -65,21 +60,15 @@ class FunctionReward:
         self.name, self.function = name, find_function(name) if function is None else function
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Return scores (batch,) float32. Raises InputError if the function raises or returns another shape."""
-        try:
+        """Return scores (batch,) float32. Raises InputError if the function raises, or returns no such numbers."""
+        with users_code(self.name, f"{self.name} raised"):
             scores = self.function(images, prompts)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"{self.name} raised {_reason(error)}") from error
         if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
             given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise InputError(f"{self.name} must return a tensor of shape ({len(prompts)},), got {given}")
+        if scores.is_complex():
+            raise InputError(f"{self.name} must return real numbers, got {scores.dtype}")
         return scores.to(torch.float32)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stitchvm_reward.errors import InputError, SharedError
 from stitchvm_reward.runs.tracking import Timings, waiting_for
+from stitchvm_reward.users_code import running
 
 Item = TypeVar("Item")
 Parts = list[tuple[list[int], Tensor]]
@@ -37,7 +38,9 @@ def mark_stopped(message: str) -> None:
 
 @contextmanager
 def watchdog(timings: Timings, seconds: float, process: int) -> Iterator[None]:
-    """End this process with an error that names the phase when its work has not advanced for `seconds`.
+    """End this process with an error when its work has not advanced for `seconds`.
+
+    The error names the phase, and the user's code that is running, if any.
 
     A collective that waits for a process that hangs or has gone may never return, and cannot always be interrupted. A
     thread therefore watches the clock and ends the process.
@@ -48,10 +51,12 @@ def watchdog(timings: Timings, seconds: float, process: int) -> Iterator[None]:
     def watch() -> None:
         while not done.wait(min(1.0, seconds / 10)):
             if time.monotonic() - timings.moved > seconds:
+                code, cause = running(), "another process hangs or has gone"
+                place = f"phase {timings.current}" + (f", in {code}" if code else "")
                 message = (
-                    f"process {process} has not advanced for {seconds:g} s in phase {timings.current}: another process "
-                    "hangs or has gone, or a step takes longer than `timeout` allows; run again to continue from the "
-                    "last checkpoint"
+                    f"process {process} has not advanced for {seconds:g} s in {place}: "
+                    f"{f'{code} hangs' if code else cause}, or a step takes longer than `timeout` allows; run again to "
+                    "continue from the last checkpoint"
                 )
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 os._exit(1)

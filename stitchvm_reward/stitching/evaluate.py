@@ -18,7 +18,7 @@ from stitchvm_reward.diffusion.solvers import sde_step
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families.family import Conditions
 from stitchvm_reward.measure import timed
-from stitchvm_reward.rewards import find_function, load_reward
+from stitchvm_reward.rewards import FunctionReward, load_reward
 from stitchvm_reward.rewards.aesthetic import AestheticReward
 from stitchvm_reward.rewards.clip import ClipReward
 from stitchvm_reward.rewards.recipe import RewardRecipe
@@ -70,7 +70,7 @@ class Evaluation:
 
     def __init__(self, folders: list[Path], truth: str | None, recipe: ValueEvaluationConfig, device: torch.device):
         self.recipe, self.device = recipe, device
-        self.truth = None if truth is None else find_function(truth)
+        self.truth = None if truth is None else FunctionReward(truth)
         named = _names(folders)
         config = _common_config({name: read_config(folder) for name, folder in named.items()})
         backbone, reward = config["backbone"], config["reward"]
@@ -192,7 +192,7 @@ def quality(evaluation: Evaluation) -> list[dict]:
             [evaluation.reward.score(evaluation.images[r.start : r.stop], texts[r.start : r.stop]).cpu() for r in rows]
         )
         embedded = torch.cat([evaluation.tower.embed(evaluation.images[r.start : r.stop]).cpu() for r in rows])
-    truth = None if evaluation.truth is None else evaluation.truth(evaluation.images, texts)
+    truth = None if evaluation.truth is None else evaluation.truth.score(evaluation.images, texts)
     reader = evaluation.texts
     text_embedding = None if reader is None else reader.embed(texts).cpu()
 

@@ -18,7 +18,7 @@ def elsewhere(tmp_path, monkeypatch):
     """elsewhere(name, base=FILE, key=value, ...) -> a recipe outside the tree, whose code must not be imported."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "evil.py").write_text("def score(images, prompts): return images.mean((1, 2, 3))\n")
-    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "modules")])  # commands set the first one
     monkeypatch.delitem(sys.modules, "evil", raising=False)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 

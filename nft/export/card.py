@@ -1,5 +1,8 @@
 """The model card of an export, and the upload to the hub."""
 
+import html
+import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +44,20 @@ class Texts:
     license: str | None = None
     author: str | None = None
     address: str = "THIS_FOLDER"
+
+
+def escaped(text: str) -> str:
+    """Return a text of the user's or of a recipe's as one line of Markdown that shows it: no markup, link or HTML."""
+    line = html.escape(" ".join(text.split()), quote=False)
+    # An underscore within a word is no markup; & and ; are those of html.escape.
+    return re.sub(r"[\\`*\[\]{}|~#!:@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", line)
+
+
+def _fenced(kind: str, lines: list[str]) -> list[str]:
+    """Return a block of code that no line of its content ends."""
+    ticks = max((len(run) for run in re.findall("`+", "\n".join(lines))), default=0)
+    fence = "`" * max(3, ticks + 1)
+    return [f"{fence}{kind}", *lines, fence]
 
 
 def base_name(trained: Trained) -> str | None:
@@ -86,7 +103,7 @@ def held_out_lines(trained: Trained) -> list[str]:
         if key in first:
             spreads = f"{first[f'{key}_std']:.3f}, {last[f'{key}_std']:.3f}"
             change = last[key] - first[key]
-            lines.append(f"| {key[9:]} | {first[key]:.3f} | {last[key]:.3f} | {change:+.3f} | {spreads} |")
+            lines.append(f"| {escaped(key[9:])} | {first[key]:.3f} | {last[key]:.3f} | {change:+.3f} | {spreads} |")
     return [*lines, ""]
 
 
@@ -102,7 +119,7 @@ def _use_lines(trained: Trained, kind: str, address: str) -> list[str]:
     model = trained.recipe.model
     length = "" if model.text_length == trained.family.text_length else f", max_sequence_length={model.text_length}"
     steps, side = trained.recipe.evaluation.steps, model.resolution
-    base = f'"{base_name(trained) or model.path}"'
+    base = json.dumps(base_name(trained) or model.path, ensure_ascii=False)
     place = "" if model.dtype == "float32" else '.to("cuda")'
     pipeline, transformer = trained.family.pipeline.__name__, trained.family.transformer.__name__
     load = f"pipeline = {pipeline}.from_pretrained({base}, dtype=dtype){place}"
@@ -118,16 +135,19 @@ def _use_lines(trained: Trained, kind: str, address: str) -> list[str]:
         f"It was trained and measured {_guidance_text(trained)} at {side} px: keep `guidance_scale` at "
         f"{trained.guidance:g}.",
         "",
-        "```python",
-        "import torch",
-        f"from diffusers import {imports}",
-        *(["from peft import PeftModel"] if kind == "peft" else []),
-        "",
-        f"dtype = torch.{model.dtype}",
-        *body,
-        f'image = pipeline("PROMPT", guidance_scale={trained.guidance}, num_inference_steps={steps}, height={side}, '
-        f"width={side}{length}).images[0]",
-        "```",
+        *_fenced(
+            "python",
+            [
+                "import torch",
+                f"from diffusers import {imports}",
+                *(["from peft import PeftModel"] if kind == "peft" else []),
+                "",
+                f"dtype = torch.{model.dtype}",
+                *body,
+                f'image = pipeline("PROMPT", guidance_scale={trained.guidance}, num_inference_steps={steps}, '
+                f"height={side}, width={side}{length}).images[0]",
+            ],
+        ),
         "",
     ]
     if kind == "comfyui":
@@ -151,26 +171,24 @@ def write_card(folder: Path, trained: Trained, texts: Texts, *, kind: str, dtype
         shutil.copyfile(trained.folder / name, folder / name)
     method = objective_class(recipe.train.objective).method
     body = [
-        f"# {texts.title or default_title(recipe)}",
+        f"# {escaped(texts.title or default_title(recipe))}",
         "",
-        f"LoRA adapters of {base_name(trained) or recipe.model.path} by {method}, trained with stitch-nft; "
+        f"LoRA adapters of {escaped(base_name(trained) or recipe.model.path)} by {method}, trained with stitch-nft; "
         f"{LAYOUTS[kind]}.",
         "",
-        f"- reward: {reward_text(recipe)}",
+        f"- reward: {escaped(reward_text(recipe))}",
         f"- adapters: rank {recipe.lora.rank}, alpha {recipe.lora.alpha}, {len(trained.scaling)} layers "
-        f"({', '.join(recipe.lora.targets or trained.family.lora_targets)})",
+        f"({escaped(', '.join(recipe.lora.targets or trained.family.lora_targets))})",
         f"- weights: {trained.weights} of epoch {trained.epoch} ({trained.step} optimizer steps), in {dtype}; read "
         f"back, the deltas deviate from the trained ones by {difference}",
-        *([f"- author: {texts.author}"] if texts.author else []),
+        *([f"- author: {escaped(texts.author)}"] if texts.author else []),
         "",
         *held_out_lines(trained),
         *(line for name in copied for line in (f"![{PICTURES[name]}]({name})", "")),
         *_use_lines(trained, kind, texts.address),
         "## Recipe",
         "",
-        "```yaml",
-        dump(recipe).rstrip(),
-        "```",
+        *_fenced("yaml", dump(recipe).rstrip().splitlines()),
     ]
     text = f"---\n{_front_matter(trained, texts).to_yaml()}\n---\n\n" + "\n".join(body) + "\n"
     refuse_secrets(text, "a model card")

@@ -80,7 +80,8 @@ class GenerateRecipe:
 @dataclass
 class DataRecipe:
     images: str = ""
-    """Folder of images, searched with its subfolders, or a hub data set owner/name. Labels are not read."""
+    """Folder of images (PNG, JPEG or WebP), searched with its subfolders, or a hub data set owner/name of such images.
+    Labels are not read."""
     generate: GenerateRecipe = field(default_factory=GenerateRecipe)
     """Images that the model draws itself, in place of data.images."""
     split: str = "train"

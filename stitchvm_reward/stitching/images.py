@@ -17,6 +17,7 @@ from stitchvm_reward.hub import is_hub_id
 from stitchvm_reward.rewards.preprocess import resize_and_crop
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP")  # whatever a file's name: Pillow would start Ghostscript for PostScript
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ImageSet:
     def load(self, index: int, side: int) -> Tensor | None:
         """Return an image's centre square, (3, side, side) float32 in [0, 1]; None if the file is broken or empty."""
         try:
-            with Image.open(io.BytesIO(self.read(index))) as opened:
+            with Image.open(io.BytesIO(self.read(index)), formats=FORMATS) as opened:
                 pixels = np.asarray(opened.convert("RGB"))
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
             return None

@@ -31,7 +31,7 @@ class TensorBoard:
 
     def figure(self, name: str, path: Path) -> None:
         """Write a PNG file."""
-        self.writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), dataformats="HWC")
+        self.writer.add_image(name, np.asarray(Image.open(path, formats=("PNG",)).convert("RGB")), dataformats="HWC")
 
     def close(self) -> None:
         """Write what is buffered."""

@@ -36,7 +36,7 @@ class Trackio:
 
     def figure(self, name: str, path: Path) -> None:
         """Log a PNG file."""
-        self.run.log({name: trackio.Image(np.asarray(Image.open(path).convert("RGB")))})
+        self.run.log({name: trackio.Image(np.asarray(Image.open(path, formats=("PNG",)).convert("RGB")))})
 
     def close(self) -> None:
         """Finish the run."""

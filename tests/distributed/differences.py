@@ -32,7 +32,7 @@ def main() -> int:
         prompts = few_prompts(folder / "prompts")
 
         def given(out: Path, *more: str) -> list[str]:
-            return [*TINY, *prompts, *EVEN, *more, f"out={out}"]
+            return [*TINY, *prompts, *EVEN, f"epochs={EPOCHS}", *more, f"out={out}"]
 
         one, first = folder / "one", folder / "first"
         run_all("ddp", 1, {one: given(one), first: given(first, "epochs=2")})

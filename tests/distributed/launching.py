@@ -23,13 +23,13 @@ WORKER = Path(__file__).with_name("worker.py")
 BACKENDS = ("ddp", "zero1", "zero2", "zero3")
 SINGLE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # what DeepSpeed and torch read as they are imported
 FAULTS = ("unreduced", "moments", "old")
-# Five optimizer steps; one process has two micro batches for each, two processes one.
+# Three optimizer steps; one process has two micro batches for each, two processes one.
 EVEN = (
     "rollout.groups=2",
     "rollout.group_size=4",
     "rollout.micro_batch=4",
     "train.learning_rate=1e-4",
-    "epochs=5",
+    "epochs=3",
     "checkpoint.keep=5",
     "evaluation.samples=2",
     "evaluation.grid=1",

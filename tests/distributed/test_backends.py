@@ -71,10 +71,10 @@ def test_two_processes_compute_what_one_does(backend, one, runs):
     # A linear layer adds its bias apart under ZeRO-3.
     assert furthest(samples(two, 0), samples(one, 0)) <= (CLOSE if backend == "zero3" else 0)
     assert loss_apart(one, two) <= CLOSE
-    for epoch in range(1, 6):
+    for epoch in range(1, LAST + 1):
         assert same_weights(weights(one, epoch), weights(two, epoch), sharded=backend == "zero3")
     if backend == "ddp":  # gradients that are not reduced would show
-        assert furthest(weights(one, 5), weights(runs / "unreduced", 5)) > 10 * CLOSE
+        assert furthest(weights(one, LAST), weights(runs / "unreduced", LAST)) > 10 * CLOSE
 
 
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(runs, digests, rows):

@@ -1,7 +1,6 @@
 """Rewards that are back-propagated by several processes, DDP and ZeRO alike, as by one."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from tests.tiny import DRAFT, RECIPE, STOPPED
 pytestmark = pytest.mark.slow
 
 CLOSE = 1e-5
-BACKENDS = ("ddp", "zero3")
+BACKENDS = (pytest.param("ddp", marks=pytest.mark.exhaustive), "zero3")  # test_draft_skips.py has DDP too
 FULL = (*EVEN, *DRAFT, "epochs=3", "train.draft_steps=2", "train.gradient_checkpointing=true")
 # Nine samples in five micro batches, the last one short: a process has none left where the other has one.
 UNEVEN = ("rollout.groups=3", "rollout.group_size=3", "rollout.micro_batch=2", "train.updates_per_epoch=2")
@@ -20,39 +19,50 @@ WINDOW = (*EVEN, *UNEVEN, *DRAFT, *STOPPED, "checkpoint.keep=9", "train.draft_st
 LAST = 3
 
 
+def first_runs(place: Path, overrides) -> dict[Path, list[str]]:
+    full, uneven, stopped = (place / name for name in ("full", "uneven", "stopped"))
+    given = {full: overrides(full, *FULL), uneven: overrides(uneven, *WINDOW, f"epochs={LAST}")}
+    return given | {stopped: overrides(stopped, *WINDOW, "epochs=1")}
+
+
 @pytest.fixture(scope="module")
-def runs(overrides, tmp_path_factory) -> Path:
-    """Folders BACKEND/NAME of runs on two processes, and one/NAME; `stopped` ends after an epoch and goes on."""
-    folder = tmp_path_factory.mktemp("draft")
-    for backend, processes in (("one", 1), *((name, 2) for name in BACKENDS)):
-        place = folder / backend
-        full, uneven, stopped = (place / name for name in ("full", "uneven", "stopped"))
-        given = {full: overrides(full, *FULL), uneven: overrides(uneven, *WINDOW, f"epochs={LAST}")}
-        given[stopped] = overrides(stopped, *WINDOW, "epochs=1")
-        run_all("ddp" if backend == "one" else backend, processes, given)
-        if backend != "one":
-            shutil.copytree(stopped, place / "first")
-            run_all(backend, processes, {stopped: overrides(stopped, *WINDOW, f"epochs={LAST}")})
-    return folder
+def one(overrides, tmp_path_factory) -> Path:
+    """Folders NAME of runs on one process."""
+    place = tmp_path_factory.mktemp("one")
+    run_all("ddp", 1, first_runs(place, overrides))
+    return place
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def two(backend, overrides, tmp_path_factory) -> Path:
+    """Folders NAME of runs on two processes; `stopped` ends after an epoch and goes on."""
+    place = tmp_path_factory.mktemp(backend)
+    stopped = place / "stopped"
+    run_all(backend, 2, first_runs(place, overrides))
+    run_all(backend, 2, {stopped: overrides(stopped, *WINDOW, f"epochs={LAST}")})
+    return place
+
+
 @pytest.mark.parametrize("name", ["full", "uneven"])
-def test_two_processes_compute_what_one_does(runs, backend, name):
-    one, two = runs / "one" / name, runs / backend / name
+def test_two_processes_compute_what_one_does(backend, one, two, name):
+    alone, together = one / name, two / name
     # ZeRO-3 rounds otherwise: a linear layer adds its bias apart, and an adapter does not add in place.
     sharded = backend == "zero3"
-    assert furthest(samples(two, 0), samples(one, 0)) <= (CLOSE if sharded else 0)
-    assert loss_apart(one, two) <= CLOSE
+    assert furthest(samples(together, 0), samples(alone, 0)) <= (CLOSE if sharded else 0)
+    assert loss_apart(alone, together) <= CLOSE
     for epoch in range(1, LAST + 1):
-        found = weights(two, epoch)  # the old policy's too, which a checkpoint may hold stale
-        assert furthest(weights(one, epoch), found) <= (3 * CLOSE if sharded else CLOSE)
-    assert furthest(weights(one, LAST), weights(one, 1)) > 10 * CLOSE
+        found = weights(together, epoch)  # the old policy's too, which a checkpoint may hold stale
+        assert furthest(weights(alone, epoch), found) <= (3 * CLOSE if sharded else CLOSE)
+    assert furthest(weights(alone, LAST), weights(alone, 1)) > 10 * CLOSE
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(runs, backend, digests, rows):
-    straight, stopped = runs / backend / "uneven", runs / backend / "stopped"
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(two, digests, rows):
+    straight, stopped = two / "uneven", two / "stopped"
     assert digests(stopped, LAST) == digests(straight, LAST)
     assert rows(stopped)[2:] == rows(straight)[2:]
 

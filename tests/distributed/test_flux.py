@@ -9,7 +9,8 @@ from tests.tiny import DRAFT
 
 pytestmark = pytest.mark.slow
 
-BACKENDS = ("ddp", "zero3")  # the other stages shard nothing of the model; test_backends.py has them
+# ZeRO-1 and -2 shard nothing of the model; test_backends.py has them.
+BACKENDS = (pytest.param("ddp", marks=pytest.mark.exhaustive), "zero3")
 CLOSE = 1e-5
 LAST = 2
 FLUX = (*EVEN, "model.path=miniature/weights/flux", "model.guidance=3.5", f"checkpoint.keep={LAST + 1}")
@@ -21,37 +22,48 @@ STOPPED = (
 KINDS = {"full": (), "stopped": STOPPED, "draft": (*DRAFT, "train.draft_steps=2")}
 
 
-@pytest.fixture(scope="module")
-def runs(overrides, tmp_path_factory) -> Path:
-    """Folders BACKEND/KIND of runs on two processes, and one/KIND; `resumed` is `stopped` with a restart in between."""
-    folder = tmp_path_factory.mktemp("flux")
+def make(backend: str, processes: int, place: Path, overrides) -> Path:
+    """Make runs KIND in a folder; `resumed` is `stopped` with a restart in between."""
 
     def given(out: Path, kind: str, epochs: int = LAST) -> list[str]:
         return overrides(out, *FLUX, *KINDS[kind], f"epochs={epochs}")
 
-    for backend in ("one", *BACKENDS):
-        launched, processes = ("ddp", 1) if backend == "one" else (backend, 2)
-        place, resumed = folder / backend, folder / backend / "resumed"
-        plan = {place / kind: given(place / kind, kind) for kind in KINDS}
-        run_all(launched, processes, plan | {resumed: given(resumed, "stopped", 1)})
-        run_all(launched, processes, {resumed: given(resumed, "stopped")})
-    return folder
+    resumed = place / "resumed"
+    plan = {place / kind: given(place / kind, kind) for kind in KINDS}
+    run_all(backend, processes, plan | {resumed: given(resumed, "stopped", 1)})
+    run_all(backend, processes, {resumed: given(resumed, "stopped")})
+    return place
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.fixture(scope="module")
+def one(overrides, tmp_path_factory) -> Path:
+    return make("ddp", 1, tmp_path_factory.mktemp("one"), overrides)
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def two(backend, overrides, tmp_path_factory) -> Path:
+    return make(backend, 2, tmp_path_factory.mktemp(backend), overrides)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_compute_what_one_does(runs, backend, kind):
-    one, two = runs / "one" / kind, runs / backend / kind
+def test_two_processes_compute_what_one_does(backend, one, two, kind):
+    alone, together = one / kind, two / kind
     # Under ZeRO-3 a linear layer adds its bias in a separate operation.
-    assert furthest(samples(two, 0), samples(one, 0)) <= (CLOSE if backend == "zero3" else 0)
-    assert loss_apart(one, two) <= CLOSE
+    assert furthest(samples(together, 0), samples(alone, 0)) <= (CLOSE if backend == "zero3" else 0)
+    assert loss_apart(alone, together) <= CLOSE
     for epoch in range(1, LAST + 1):
-        assert same_weights(weights(one, epoch), weights(two, epoch), sharded=backend == "zero3")
-    assert furthest(weights(one, LAST), weights(one, 1)) > 10 * CLOSE
+        assert same_weights(weights(alone, epoch), weights(together, epoch), sharded=backend == "zero3")
+    assert furthest(weights(alone, LAST), weights(alone, 1)) > 10 * CLOSE
 
 
-@pytest.mark.parametrize("backend", ["one", *BACKENDS])
-def test_a_run_that_was_stopped_continues_bit_for_bit(runs, backend, digests, rows):
-    straight, resumed = runs / backend / "stopped", runs / backend / "resumed"
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_a_run_that_was_stopped_continues_bit_for_bit(request, processes, digests, rows):
+    runs = request.getfixturevalue(processes)
+    straight, resumed = runs / "stopped", runs / "resumed"
     assert digests(resumed, LAST) == digests(straight, LAST)
     assert rows(resumed)[-1] == rows(straight)[-1]

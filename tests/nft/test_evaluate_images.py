@@ -16,7 +16,7 @@ from nft.export.trained import read_trained
 from stitchvm_reward.bootstrap import mean_interval
 from stitchvm_reward.errors import InputError
 
-MEASURES = ["aesthetic", "total", "checker", "checker_share", "true_aesthetic"]
+MEASURES = ["aesthetic", "total", "checker", "checker_share", "true_aesthetic", "colourfulness"]
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def test_metrics_have_a_finite_row_for_every_epoch_and_for_the_untrained_policy(
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["step"]) for row in rows] == [(0, 0), (1, 2), (2, 4), (3, 6)]
     assert all(math.isfinite(value) for row in rows for value in row.values())
-    measures = ("aesthetic", "total", "checker", "checker_share", "true_aesthetic")
+    measures = ("aesthetic", "total", "checker", "checker_share", "true_aesthetic", "colourfulness")
     held_out = {f"held_out/{name}" for name in measures} | {f"held_out/{name}_std" for name in measures}
     trained = {"reward/aesthetic", "reward/aesthetic_std", "reward/total", "reward/total_std"} | {
         f"train/{name}" for name in ("policy_loss", "kl", "old_deviation", "gradient_norm", "learning_rate")

@@ -29,6 +29,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    for name in ("record", "processes"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     from nft.config import load_recipe
     from stitchvm_reward.runs.recipe import require_trust
 
@@ -44,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.processes is not None:
         raise InputError("--processes only plans, with --dry-run; the launcher sets the number of processes")
-    if arguments.check or arguments.record:
+    if arguments.check or arguments.record is not None:
         from nft import reference
 
         with tempfile.TemporaryDirectory() as folder:

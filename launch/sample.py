@@ -86,7 +86,8 @@ def read_steering(arguments: argparse.Namespace):
     from stitchvm_reward.steering.build import check_rewards
     from stitchvm_reward.steering.settings import SteeringRecipe
 
-    given = [f"{name}={getattr(arguments, name)}" for name in ("steps", "guidance", "seed") if vars(arguments)[name]]
+    set_here = {name: getattr(arguments, name) for name in ("steps", "guidance", "seed")}
+    given = [f"{name}={value}" for name, value in set_here.items() if value is not None]
     recipe = read_recipe(SteeringRecipe, arguments.steering, [*given, *arguments.set])
     require_trust(recipe.code, arguments.trust_code, arguments.steering)
     recipe.require_method(arguments.steer)

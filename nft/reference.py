@@ -14,6 +14,7 @@ from nft.config import Recipe
 from nft.preflight import check_recipe
 from nft.trainer import Trainer
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import write_json
 from stitchvm_reward.runs.launcher import make_accelerator
 from stitchvm_reward.runs.numerics import set_numerics
 from stitchvm_reward.runs.tracking import read_metrics
@@ -84,8 +85,10 @@ def _rerun(recipe: Recipe, folder: Path, epochs: int) -> list[dict[str, float]]:
 def run(recipe: Recipe, recipe_path: Path, folder: Path, record: int | None) -> int:
     """Write the reference of `record` epochs, or compare with it. Returns 1 if a metric is different, otherwise 0."""
     path = reference_path(recipe_path)
-    if record:
+    if record is not None:
         rows = _rerun(recipe, folder, record)
+        if odd := sorted({name for row in rows for name, value in row.items() if not math.isfinite(value)}):
+            raise InputError(f"{', '.join(odd)} must be finite to be a reference, and is not: no reference is written")
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         about = {
             "commit": _commit(),
@@ -94,8 +97,7 @@ def run(recipe: Recipe, recipe_path: Path, folder: Path, record: int | None) -> 
             "threads": torch.get_num_threads(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        write_json(path, about | {"rows": rows})
         print(f"wrote {path}")
         return 0
     if not path.is_file():

@@ -16,6 +16,7 @@ from nft.cost.micro_batch import fit_devices
 from nft.cost.plan import announce, recipe_geometry
 from nft.export.lora import lora_header, save_lora
 from nft.held_out import HeldOut, held_out_metrics
+from nft.inputs import input_digests, require_unchanged
 from nft.learner import Learner, Tensors, on_cpu
 from nft.models import load_generator, make_policy
 from nft.objectives import objective_class
@@ -27,6 +28,7 @@ from nft.sharded import load_sharded
 from nft.untrained import UntrainedLatents
 from nft.value_models import build_missing
 from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import null_as_nan
 from stitchvm_reward.measure import compiled_graphs
 from stitchvm_reward.runs import checkpoint
 from stitchvm_reward.runs.pictures import before_after, curves
@@ -43,6 +45,7 @@ class Trainer:
         self.main, self.timings = accelerator.is_main_process, self.ranks.timings
         prompts, held_out = check_prompts(recipe)
         build_missing(recipe, self.ranks, tqdm.write)
+        self.inputs = input_digests(recipe)
         fitted = fit_devices(recipe, self.ranks)
         rollout, train, seed = fitted.rollout, fitted.train, recipe.seed
         scorer = Scorer(recipe.rewards, recipe.evaluation.metrics, accelerator.device)
@@ -188,11 +191,12 @@ class Trainer:
         """Return everything beside the tensors that must survive a restart.
 
         Of randomness it holds only the seed, since random numbers are addressed by seed, epoch and sample. `prompt_key`
-        says which text encoders made the prompts' embeddings.
+        says which text encoders made the prompts' embeddings, `inputs` which prompts and value models were read.
         """
         return {
             "seed": self.recipe.seed,
             "prompt_key": self.cache.key,
+            "inputs": self.inputs,
             "epoch": self.epoch,
             "pending": self.pending,
             "learner": self.learner.state_dict(),
@@ -202,7 +206,8 @@ class Trainer:
     def load_state_dict(self, tensors: Tensors, state: dict[str, Any]) -> None:
         """Restore what `state_dict` and `Learner.tensors` returned.
 
-        Raises InputError for the state of another version of this code, or where the text encoders have changed.
+        Raises InputError for the state of another version of this code, or where the text encoders, the prompts or a
+        value model have changed.
         """
         checkpoint.require_keys(state, self.state_dict())
         if state["prompt_key"] != self.cache.key:
@@ -210,9 +215,10 @@ class Trainer:
                 f"the text encoders of {self.recipe.model.path} are not those that this run began with: put them back, "
                 "or give another out=FOLDER"
             )
+        require_unchanged(self.recipe, state["inputs"], self.inputs)
         self.learner.load_state_dict(state["learner"], tensors)
         self.audit.load_state_dict(state["audit"])
-        self.epoch, self.pending = state["epoch"], state["pending"]
+        self.epoch, self.pending = state["epoch"], null_as_nan(state["pending"]) if state["pending"] else None
 
     def _save(self, tensors: Tensors, state: dict[str, Any]) -> None:
         self.saved = state["epoch"]

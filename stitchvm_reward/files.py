@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -104,10 +105,35 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def _nan_as_null(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _nan_as_null(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_nan_as_null(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """Return content as JSON; numbers that are not finite, which JSON does not have, become null."""
+    return json.dumps(_nan_as_null(content), indent=indent, allow_nan=False)
+
+
+def null_as_nan(content: Any) -> Any:
+    """Return measurements that `json_text` wrote, and in which null can only be a number that was not finite."""
+    if isinstance(content, dict):
+        return {name: null_as_nan(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [null_as_nan(value) for value in content]
+    return math.nan if content is None else content
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file and create its parent folders. Raises InputError if that fails."""
+    """Write a JSON file, complete or not at all, and create its parent folders. Raises InputError if that fails.
+
+    Numbers that are not finite become null.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        with staged(path) as file:
+            file.write_text(json_text(content, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from nft.export.lora import attach_lora, lora_layers, read_header
 from stitchvm_reward.diffusion.generator import Generator, load_vae
+from stitchvm_reward.diffusion.prompt_cache import require_text_parts
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import family_of
 from stitchvm_reward.families.family import PipelineSettings
@@ -58,6 +59,7 @@ class Sampler:
         folder = locate(
             model, tuple(f"{part}/*" for part in ("transformer", "vae", "scheduler", *self.family.text_parts))
         )
+        require_text_parts(self.family, folder)
         try:
             self.pipeline = self.family.pipeline.from_pretrained(
                 folder, vae=load_vae(model, device), dtype=dtype, use_safetensors=True, local_files_only=True

@@ -23,6 +23,7 @@ from stitchvm_reward.transfer import to_device
 
 BATCH = 16  # texts that are encoded together
 FORMAT = 2  # of the files; those of another format are never found
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 IN_MEMORY = 2048  # prompts whose tensors are held in memory; the others are read from disk again
 
 
@@ -36,8 +37,21 @@ def fingerprint(folder: Path, parts: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
+def require_text_parts(family: Family, folder: Path) -> None:
+    """Raise InputError for a pipeline folder that lacks a text encoder, or the vocabulary of a tokenizer.
+
+    transformers makes up a tokenizer where the files of one are missing.
+    """
+    for part in family.text_parts:
+        if not (folder / part).is_dir():
+            raise InputError(f"{folder} lacks {part}; a model folder must have {', '.join(family.text_parts)}")
+        if part.startswith("tokenizer") and not any((folder / part / name).is_file() for name in VOCABULARIES):
+            raise InputError(f"{folder}/{part} must hold a vocabulary, one of {', '.join(VOCABULARIES)}; it holds none")
+
+
 def load_text_pipeline(family: Family, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Load a pipeline's text encoders and tokenizers alone. Raises InputError where one is missing."""
+    require_text_parts(family, folder)
     try:
         pipeline = family.pipeline.from_pretrained(
             folder, transformer=None, vae=None, dtype=dtype, use_safetensors=True, local_files_only=True
@@ -73,6 +87,7 @@ class PromptCache:
         self.architecture = architecture_of(model.path)
         self.family = self.architecture.family
         self.model = locate(model.path, tuple(f"{part}/*" for part in self.family.text_parts))
+        require_text_parts(self.family, self.model)
         self.text_length, self.dtype, self.device = model.text_length, model.torch_dtype, device
         self.folder = Path(folder).expanduser()
         encoders = fingerprint(self.model, self.family.text_parts)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.files import check_name, usual_mode
+from stitchvm_reward.files import check_name, json_text, usual_mode
 from stitchvm_reward.runs.recipe import CheckpointRecipe
 
 MANIFEST = "manifest.json"
@@ -124,7 +124,7 @@ def _stage(staged: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str,
         flat = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
         save_file(flat, staged / f"{stem}.safetensors")
     usual_mode(staged)
-    (staged / "state.json").write_text(json.dumps(state, indent=2))
+    (staged / "state.json").write_text(json_text(state, indent=2))
     files = sorted(path for path in staged.iterdir())
     for path in files:
         _sync(path)

@@ -46,7 +46,7 @@ def _scores(recipe: ComparisonRecipe, rows: list[dict[str, Any]]) -> dict[str, S
     for arm in recipe.arms:
         results = [row for row in rows if (row["family"], row["label"]) == (arm.family, arm.label)]
         for row in sorted(results, key=lambda row: row["seed"]):
-            scores = {name: np.array(values) for name, values in row["scores"].items()}
+            scores = {name: np.array(values, dtype=float) for name, values in row["scores"].items()}
             found.setdefault(arm.name, {})[row["seed"]] = scores
     if not found:
         raise InputError(f"{recipe.out} has no results of this comparison yet; run it without --plot first")

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from stitchvm_reward.diffusion.prompt_cache import PromptCache
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import architecture_of
 from stitchvm_reward.families.family import Conditions
+from stitchvm_reward.files import write_json
 from stitchvm_reward.rewards.aesthetic import load_head
 from stitchvm_reward.rewards.clip import ImageTower, TextTower
 from stitchvm_reward.rewards.tail import RewardTail, vision_states
@@ -280,7 +280,7 @@ def run_search(builder: Builder, folder: Path | None) -> tuple[Moments, Search]:
         mine = share(len(blocks), ranks.accelerator.process_index, ranks.accelerator.num_processes)
         result = search(fitted, held_out, blocks[mine.start : mine.stop], ranks.total)
     if folder is not None:
-        (folder / "search.json").write_text(json.dumps(result.table(), indent=1) + "\n")
+        write_json(folder / "search.json", result.table())
         heat_map(result, folder / "search.png")
     return fitted.plus(held_out), result
 

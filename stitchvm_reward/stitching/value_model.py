@@ -148,10 +148,17 @@ class StitchedValueModel:
             name: tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype).cpu().contiguous()
             for name, tensor in tensors.items()
         }
+        try:
+            config = json.dumps(self.config, indent=2, allow_nan=False)
+        except ValueError:
+            raise InputError(
+                f"{folder} is not written, it would hold numbers that are not finite: the weights of "
+                f"{self.config['backbone']['path']} are damaged"
+            ) from None
         with staged(folder) as new:
             new.mkdir()
             save_file(stored, new / WEIGHTS)
-            (new / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+            (new / "config.json").write_text(config + "\n")
 
     @classmethod
     def from_pretrained(

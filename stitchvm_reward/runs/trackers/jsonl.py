@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stitchvm_reward.files import staged
+from stitchvm_reward.files import json_text, null_as_nan, staged
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -14,7 +14,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            rows.append(null_as_nan(json.loads(line)))
         except ValueError:
             break
     return rows
@@ -30,12 +30,12 @@ class JsonLines:
         self.path = path
         kept = [row for row in read_rows(path) if row["epoch"] < first]
         with staged(path) as file:
-            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            file.write_text("".join(json_text(row) + "\n" for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Append the row of an epoch."""
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json_text(row) + "\n")
 
     def scalars(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """Append the metrics of an epoch."""

@@ -134,7 +134,6 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.trace is not None:
             write_json(arguments.trace, {"prompts": prompts, "trace": trace})
     try:
-        arguments.grid.parent.mkdir(parents=True, exist_ok=True)
         picture_grid(images, prompts, arguments.grid, arguments.across)
         if arguments.out is not None:
             write_pictures(images, arguments.out)

@@ -33,7 +33,7 @@ from stitchvm_reward.measure import compiled_graphs
 from stitchvm_reward.runs import checkpoint
 from stitchvm_reward.runs.pictures import before_after, curves
 from stitchvm_reward.runs.rank_sync import RankSync, Stopped, mark_stopped
-from stitchvm_reward.runs.run_folder import prepare_run_folder
+from stitchvm_reward.runs.run_folder import prepare_run_folder, write_recipe
 from stitchvm_reward.runs.tracking import Tracker, epoch_line, epoch_seconds
 
 
@@ -107,6 +107,9 @@ class Trainer:
         self.before: tuple[Tensors | None, dict[str, Any]] | None = None  # what an interrupted epoch goes back to
         with self.ranks.together():
             self._resume()
+        with self.ranks.together():
+            if self.main:
+                write_recipe(self.recipe)
         self.learner.backend.require_same_weights(self.learner.step)
         first = self.epoch + (self.pending is None) if self.epoch else 0
         self.tracker = Tracker(self.folder, first, self.recipe.tracking) if self.main else None

@@ -4,11 +4,12 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stitchvm_reward.errors import InputError
 
 NAME_LIMIT = 200  # bytes; file systems take 255, and a staged file's name is longer than its own
 
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # several machines may share a folder
 # The mask can only be read by setting it, which is safe once, before there are threads.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -53,6 +55,28 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def _left_behind(folder: Path, name: str) -> list[Path]:
+    """Return the staged files and folders of a name whose processes, on this machine, are gone.
+
+    Those that name no machine are from earlier versions.
+    """
+    form = re.compile(rf"\.{re.escape(name)}\.(?:{_HOST}-)?([0-9]+)\.staged")
+    with suppress(OSError):  # a folder that cannot be listed
+        found = [(path, form.fullmatch(path.name)) for path in folder.iterdir()]
+        return [path for path, match in found if match and not _at_work(int(match[1]))]
+    return []
+
+
+def _at_work(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
 def usual_mode(path: Path) -> None:
     """Give a file, or all files of a folder, the usual mode of new files.
 
@@ -68,12 +92,17 @@ def staged(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder, which is renamed to `path` at the end; parents are created then.
 
     An existing file or folder of that name is replaced. If the body raises, it is kept and nothing is left behind.
-    Several processes may write the same name at once; the last one wins. Raises OSError if writing fails.
+    What a killed process left of this name is removed. Several processes may write the same name at once; the last one
+    wins. Raises OSError if writing fails.
     """
-    temporary = _nearest(path) / f".{path.name}.{os.getpid()}.staged"
+    nearest = _nearest(path)
+    process = os.getpid()
+    temporary = nearest / f".{path.name}.{_HOST}-{process}.staged"
+    # A killed process may have had the id of this one, and may have begun when the nearest parent was one further up.
+    own = [temporary, nearest / f".{path.name}.{process}.staged"]
+    for left in [*own, *_left_behind(nearest, path.name), *_left_behind(nearest.parent, path.name)]:
+        _remove(left)
     try:
-        # A killed process may have had the same process id.
-        _remove(temporary)
         yield temporary
         usual_mode(temporary)
         path.parent.mkdir(parents=True, exist_ok=True)

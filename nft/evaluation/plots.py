@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from nft.evaluation.curves import AXES, Curve
 from nft.evaluation.targets import arms_of
 from stitchvm_reward.bootstrap import CONFIDENCE, mean_interval
+from stitchvm_reward.runs.pictures import save_figure
 
 
 def draw(curves: list[Curve], measures: list[str], targets: list[float], path: Path) -> None:
@@ -31,8 +32,7 @@ def draw(curves: list[Curve], measures: list[str], targets: list[float], path: P
             axes.set_xlabel(AXES[axis])
             axes.set_ylabel(measure)
             axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def pareto_curve(runs: list[Curve], measure: str, floor: str) -> tuple[np.ndarray, np.ndarray]:
@@ -62,5 +62,4 @@ def draw_pareto(curves: list[Curve], measure: str, floor: str, path: Path) -> No
     axes.set_ylabel(floor)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

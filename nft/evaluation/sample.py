@@ -17,6 +17,7 @@ from stitchvm_reward.diffusion.prompt_cache import require_text_parts
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.families import family_of
 from stitchvm_reward.families.family import PipelineSettings
+from stitchvm_reward.files import staged
 from stitchvm_reward.hub import locate
 from stitchvm_reward.prompts import READERS, read_prompts
 from stitchvm_reward.runs import randomness
@@ -59,10 +60,11 @@ class Sampler:
         folder = locate(
             model, tuple(f"{part}/*" for part in ("transformer", "vae", "scheduler", *self.family.text_parts))
         )
+        vae = load_vae(model, device)
         require_text_parts(self.family, folder)
         try:
             self.pipeline = self.family.pipeline.from_pretrained(
-                folder, vae=load_vae(model, device), dtype=dtype, use_safetensors=True, local_files_only=True
+                folder, vae=vae, dtype=dtype, use_safetensors=True, local_files_only=True
             ).to(device)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -148,9 +150,9 @@ def steer_all(
 
 
 def write_pictures(images: dict[str, Tensor], folder: Path) -> None:
-    """Write every image as FOLDER/INDEX-NAME.png, in its own size."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write every image as FOLDER/INDEX-NAME.png, in its own size. Raises OSError if that fails."""
     for name, batch in images.items():
         for index, image in enumerate(batch):
             pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(folder / f"{index:04d}-{name}.png")
+            with staged(folder / f"{index:04d}-{name}.png") as file:
+                Image.fromarray(pixels).save(file, "PNG")

@@ -170,6 +170,13 @@ def expected_epoch(folder: Path, resume: str) -> int:
     return _epoch(name) or 0
 
 
+def require_named(folder: Path, name: str) -> None:
+    """Raise InputError if a folder has no checkpoint of that name, nor one that a crash left renamed."""
+    names = [path.name for path in complete(folder)]
+    if name not in names and (_epoch(name) is None or not (folder / f".{name}{AWAY}").is_dir()):
+        raise InputError(f"checkpoint {name} is not in {folder}; existing checkpoints: {', '.join(names) or 'none'}")
+
+
 def choose(folder: Path, resume: str, warn) -> Path | None:
     """Return the checkpoint to continue from, or None for a fresh start.
 
@@ -181,10 +188,8 @@ def choose(folder: Path, resume: str, warn) -> Path | None:
     _put_back(folder)
     existing = complete(folder)
     if resume != "auto":
+        require_named(folder, resume)
         path = folder / resume
-        if path not in existing:
-            names = ", ".join(other.name for other in existing) or "none"
-            raise InputError(f"checkpoint {resume} is not in {folder}; existing checkpoints: {names}")
         if (reason := damage(path)) is not None:
             raise InputError(f"checkpoint {path} is damaged: {reason}; choose another or use checkpoint.resume=auto")
         return path

@@ -2,11 +2,17 @@
 
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from stitchvm_reward.errors import InputError
+from stitchvm_reward.files import staged
 from stitchvm_reward.runs.tracking import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def _picture(image: Tensor, side: int) -> Image.Image:
@@ -24,7 +30,8 @@ def _shortened(prompt: str, width: int, lines: int = 2) -> str:
 def picture_grid(columns: dict[str, Tensor], prompts: list[str], path: Path, across: int = 1) -> None:
     """Save images (count, 3, h, w) in [0, 1] as one PNG file: per prompt, one image of each named column.
 
-    Each row holds `across` prompts, under a header with the names of the columns.
+    Each row holds `across` prompts, under a header with the names of the columns. The file is written complete or not
+    at all; raises OSError if that fails.
     """
     size = next(iter(columns.values())).shape[-1]
     side = max(96, size // (1 if size < 256 else 2))
@@ -42,7 +49,18 @@ def picture_grid(columns: dict[str, Tensor], prompts: list[str], path: Path, acr
             if index < across:
                 draw.text((start, 4), name, fill="black")
         draw.multiline_text((left, top + side + 3), _shortened(prompt, width), fill="black", spacing=2)
-    sheet.save(path, optimize=True)
+    with staged(path) as file:
+        sheet.save(file, "PNG", optimize=True)
+
+
+def save_figure(figure: "Figure", path: Path, dpi: int = 110) -> None:
+    """Save a figure in the format of the path's ending, complete or not at all. Raises InputError if that fails."""
+    try:
+        with staged(path) as file:
+            figure.savefig(file, dpi=dpi, format=path.suffix[1:].lower() or "png")
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
+        raise InputError(f"cannot write {path}: {reason}") from None
 
 
 def before_after(before: Tensor, after: Tensor, prompts: list[str], path: Path) -> None:
@@ -76,4 +94,4 @@ def curves(folder: Path) -> None:
         axes.set_title(name)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    figure.savefig(folder / "curves.png", dpi=110)
+    save_figure(figure, folder / "curves.png")

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.files import staged
+from stitchvm_reward.runs import checkpoint
 from stitchvm_reward.runs.recipe import dump
 
 # Keys that may differ between a run and its continuation: they do not change what the run computes.
@@ -62,6 +63,8 @@ def check_run_folder(recipe: Any) -> Path:
             raise InputError(f"{saved} is damaged: it is not known which run {folder} holds; move it away") from None
         if difference is not None:
             raise InputError(f"{folder} holds a run of a different recipe: {difference}; give another out=FOLDER")
+    if (named := recipe.checkpoint.resume) not in ("auto", "never"):
+        checkpoint.require_named(folder / "checkpoints", named)
     nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest):
@@ -89,7 +92,7 @@ def _claim(folder: Path) -> TextIO:
 
 
 def prepare_run_folder(recipe: Any) -> TextIO:
-    """Create and lock the run folder and write the resolved recipe into it.
+    """Create and lock the run folder; `write_recipe` is to follow once the run has everything that it needs.
 
     The lock is held until the process ends or the returned file is closed. Raises InputError if another run holds it
     or the folder cannot be written.
@@ -97,9 +100,19 @@ def prepare_run_folder(recipe: Any) -> TextIO:
     folder = check_run_folder(recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        claim = _claim(folder)
-        with staged(folder / "recipe.yaml") as path:
-            path.write_text(dump(recipe))
+        return _claim(folder)
     except OSError as error:
         raise InputError(f"cannot write the run folder {folder}: {error.strerror or error}") from None
-    return claim
+
+
+def write_recipe(recipe: Any) -> None:
+    """Write the resolved recipe into the run folder, which then belongs to this run. Raises InputError if that fails.
+
+    A start that fails must not have come this far: the recipe would stand in the way of the corrected one.
+    """
+    folder, text = Path(recipe.out).expanduser(), dump(recipe)
+    try:
+        with staged(folder / "recipe.yaml") as path:
+            path.write_text(text)
+    except OSError as error:
+        raise InputError(f"cannot write the run folder {folder}: {error.strerror or error}") from None

@@ -27,7 +27,7 @@ from stitchvm_reward.runs import checkpoint, randomness
 from stitchvm_reward.runs.geometry import share
 from stitchvm_reward.runs.pictures import curves
 from stitchvm_reward.runs.rank_sync import RankSync, Stopped, mark_stopped
-from stitchvm_reward.runs.run_folder import prepare_run_folder
+from stitchvm_reward.runs.run_folder import prepare_run_folder, write_recipe
 from stitchvm_reward.runs.tracking import Tracker
 from stitchvm_reward.stitching.check import check_stitch_recipe, needed_images
 from stitchvm_reward.stitching.config import StitchRecipe
@@ -70,6 +70,10 @@ class Builder:
         # Positions among the targets; those excluded from fitting come first.
         split = randomness.at(recipe.seed, randomness.SPLIT)
         self.order: list[int] = torch.randperm(len(self.targets), generator=split).tolist()
+        # Read before the run folder is claimed: a missing caption is told before anything is written.
+        self.texts: dict[int, str] = {}
+        if recipe.backbone.conditioning == "prompt":
+            self.texts = {index: self.images.caption(row) for index, row in enumerate(self.targets.rows)}
         blocks = recipe.backbone.block if recipe.backbone.block is not None else depth_of(self.architecture)
         self.head = load_backbone(model.path, blocks, model.torch_dtype, self.device, model.guidance)
 
@@ -147,11 +151,10 @@ class Builder:
 
         Return None if the backbone reads the empty prompt.
         """
-        if self.recipe.backbone.conditioning == "null":
+        if not self.texts:
             return None
-        texts = {index: self.images.caption(self.targets.rows[index]) for index in order}
-        self._encode(texts.values(), "encode captions")
-        return lambda indices: self.prompt_cache.conditions([texts[index] for index in indices])
+        self._encode([self.texts[index] for index in order], "encode captions")
+        return lambda indices: self.prompt_cache.conditions([self.texts[index] for index in indices])
 
     @torch.no_grad()
     def probe(self, blocks: list[int], reward_blocks: list[int]) -> tuple[Moments, Moments]:
@@ -311,6 +314,7 @@ def build_value_model(recipe: StitchRecipe, ranks: RankSync, only_search: bool =
         with ranks.together():
             if builder.main:
                 claim = prepare_run_folder(recipe)
+                write_recipe(recipe)
         with claim or contextlib.nullcontext():
             return _search_and_finetune(builder, only_search)
     except Stopped as stopped:

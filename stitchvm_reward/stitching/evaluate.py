@@ -23,6 +23,7 @@ from stitchvm_reward.rewards.aesthetic import AestheticReward
 from stitchvm_reward.rewards.clip import ClipReward
 from stitchvm_reward.rewards.recipe import RewardRecipe
 from stitchvm_reward.runs import randomness
+from stitchvm_reward.runs.pictures import save_figure
 from stitchvm_reward.runs.run_folder import arm_of
 from stitchvm_reward.stitching.images import find_images
 from stitchvm_reward.stitching.value_model import StitchedValueModel, levels, read_config
@@ -306,4 +307,4 @@ def draw(table: list[dict], path: Path) -> None:
         axes.set_ylabel(measure)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

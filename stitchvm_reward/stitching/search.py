@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stitchvm_reward.diffusion.backbone import BackboneHead
 from stitchvm_reward.families.family import Conditions
+from stitchvm_reward.runs.pictures import save_figure
 from stitchvm_reward.stitching.layer import resample
 
 MOST_CONDITION = 1e12  # of a Gram matrix with a unit diagonal; beyond it, its weakest directions are rounding errors
@@ -260,4 +261,4 @@ def heat_map(result: Search, path: Path) -> None:
                 value = values[row, column]
                 colour = "white" if value.log() > middle else "black"
                 axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color=colour)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

@@ -6,7 +6,7 @@ import nft.export.card
 from nft.config import load_recipe
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.recipe import dump
-from stitchvm_reward.runs.run_folder import prepare_run_folder
+from stitchvm_reward.runs.run_folder import write_recipe
 from stitchvm_reward.secrets import refuse_secrets, refuse_secrets_in, secrets
 from tests.tiny import RECIPE
 
@@ -74,7 +74,7 @@ def test_a_secret_in_a_recipe_is_refused_before_it_is_read(told, monkeypatch, tm
 def test_a_secret_that_is_put_together_is_not_written(secret, tmp_path):
     parts = [f"out={tmp_path}/${{prompts.column}}${{prompts.split}}", f"prompts.column={VALUE[:7]}"]
     recipe = load_recipe(RECIPE, [*parts, f"prompts.split={VALUE[7:]}"])
-    for write in (dump, prepare_run_folder):
+    for write in (dump, write_recipe):
         with pytest.raises(InputError, match=r"a recipe must not contain secrets: .*HF_TOKEN") as refusal:
             write(recipe)
         assert VALUE not in str(refusal.value)

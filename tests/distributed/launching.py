@@ -165,12 +165,12 @@ def same_weights(first: dict[str, Tensor], second: dict[str, Tensor], sharded: b
     """Whether two runs' adapters are equal but for rounding; `sharded` where one of them ran under ZeRO-3.
 
     ZeRO-3 adds a linear layer's bias in a separate operation. Adam divides a gradient by its own size: where that is
-    nearly zero, rounding decides a whole step, of 1e-4, in very few places.
+    nearly zero, rounding decides most of a step, which is 1e-4, in a few places.
     """
     if not sharded:
         return furthest(first, second) <= 1e-5
     apart = sum(int(((first[key] - second[key]).abs() > 1e-6).sum()) for key in first)
-    return furthest(first, second) <= 5e-5 and apart <= 2e-4 * sum(tensor.numel() for tensor in first.values())
+    return furthest(first, second) <= 5e-5 and apart <= 1e-3 * sum(tensor.numel() for tensor in first.values())
 
 
 def losses(run: Path) -> list[float]:

@@ -17,7 +17,7 @@ def score(images: Tensor, prompts: list[str]) -> Tensor:
     calls.append(len(images))
     first = "SLURM_JOB_ID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ
     if first and len(calls) == 3 and os.environ.get("SLURM_ARRAY_TASK_ID") != "0":
-        _wait_for_signal(100)
+        _wait_for_signal(150)
     return true_aesthetic(images, prompts)
 
 

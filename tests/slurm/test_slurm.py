@@ -64,10 +64,11 @@ def jobs(tmp_path_factory):
 def submitted(jobs, overrides, tmp_path_factory):
     """The folder of all runs, the numbers of their jobs by name, and the run that needed no scheduler."""
     folder = tmp_path_factory.mktemp("runs")
-    limits = ("--time=3", "--signal=USR1@100")  # it comes 50 to 80 seconds after the start: SLURM looks twice a minute
+    # It comes 110 to 140 seconds after the start, of which slow cores take one minute to import: SLURM looks twice a minute.
+    limits = ("--time=4", "--signal=USR1@100")
     names = {"stopped": jobs.run(2, *limits, given=overrides(folder / "stopped", *SETTINGS))}
     # The rest runs while that job waits for its signal.
-    wait_for((folder / "stopped/metrics.jsonl").exists, 120, lambda: jobs.told(names["stopped"]))
+    wait_for((folder / "stopped/metrics.jsonl").exists, 240, lambda: jobs.told(names["stopped"]))
     names["after"] = jobs.submit(f"--dependency=afterok:{names['stopped']}", "--wrap", f"ls {folder}/stopped")
     names["typo"] = jobs.run(1, given=overrides(folder / "typo", "epoch=1"))
     names["first"] = jobs.submit("--wrap", "sleep 1")

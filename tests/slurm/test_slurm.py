@@ -64,7 +64,7 @@ def jobs(tmp_path_factory):
 def submitted(jobs, overrides, tmp_path_factory):
     """The folder of all runs, the numbers of their jobs by name, and the run that needed no scheduler."""
     folder = tmp_path_factory.mktemp("runs")
-    # It comes 110 to 140 seconds after the start, of which slow cores take one minute to import: SLURM looks twice a minute.
+    # It comes 110 to 140 seconds after the start, as SLURM looks twice a minute. Slow cores import for one minute.
     limits = ("--time=4", "--signal=USR1@100")
     names = {"stopped": jobs.run(2, *limits, given=overrides(folder / "stopped", *SETTINGS))}
     # The rest runs while that job waits for its signal.

@@ -118,6 +118,8 @@ def test_a_process_that_hangs_ends_the_run_with_the_phase_that_it_hangs_in(overr
         timeout=300,
     )
     assert done.returncode != 0
-    assert "error: process 1 has not advanced for 15 s in phase score: " in done.stderr, done.stderr[-4000:]
+    assert "error: process 1 has not advanced for 15 s in phase score, in sticking:reward: " in done.stderr, (
+        done.stderr[-4000:]
+    )
     saved = tmp_path / "run/checkpoints/epoch-000001"
     assert saved.is_dir() and checkpoint.damage(saved) is None

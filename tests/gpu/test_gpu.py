@@ -11,8 +11,8 @@ import tests.gpu.__main__ as gpu
 from tests.gpu import packages
 from tests.tiny import ROOT
 
-# The rest (resume, options, benchmark) starts many processes and repeats what other tests check.
-IN_THE_SUITE = ("cpu_cuda", "model", "stitch", "train", "compile", "steer", "export")
+# The rest (resume, compile, options, benchmark) starts many processes and repeats what other tests check.
+IN_THE_SUITE = ("cpu_cuda", "model", "stitch", "train", "steer", "export")
 
 
 @pytest.mark.slow

@@ -45,8 +45,15 @@ def nothing_compiled():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("write", [tiny_sd3, tiny_flux])
+@pytest.mark.parametrize(
+    ("write", "checkpointing"),
+    [
+        (tiny_sd3, False),
+        (tiny_flux, True),
+        pytest.param(tiny_sd3, True, marks=pytest.mark.exhaustive),
+        pytest.param(tiny_flux, False, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_blocks_have_no_graph_break_and_compile_nothing_after_the_first_epoch(
     write, checkpointing, tmp_path, nothing_compiled
 ):

@@ -48,8 +48,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     steering.add_argument("--steering", metavar="RECIPE", help="a recipe such as recipes/steer/shapes.yaml")
     steering.add_argument("--set", nargs="+", default=[], metavar="key=value", help="recipe keys to set")
-    add_trust_option(parser)
     steering.add_argument("--trace", type=Path, metavar="OUT.json", help="write the particles' values and ancestors")
+    add_trust_option(parser)
     return parser.parse_args(arguments)
 
 

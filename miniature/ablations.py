@@ -11,31 +11,34 @@ of FLOPs leaves out what `tweedie` adds.
 
 import argparse
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from nft.collector import Collector
 from nft.config import load_recipe
 from nft.preflight import check_recipe
 from nft.rollout import Rollout
+from nft.scoring import Scorer
 from nft.trainer import Trainer
-from stitchvm_reward.command import hide_loading_bars, run_command
+from stitchvm_reward.command import add_trust_option, hide_loading_bars, run_command
 from stitchvm_reward.diffusion.path import per_sample
 from stitchvm_reward.runs import randomness
 from stitchvm_reward.runs.launcher import make_accelerator, shutdown
-from stitchvm_reward.runs.recipe import require
+from stitchvm_reward.runs.numerics import set_numerics
+from stitchvm_reward.runs.recipe import require, require_trust
 
 KINDS = ("tweedie", "shuffled", "noised")
 STREAM = 1001  # of random numbers; apart from those of stitchvm_reward.runs.randomness
 
 
-def tweedie_scores(trainer: Trainer, rollout: Rollout) -> dict[str, Tensor]:
+def tweedie_scores(collector: Collector, scorer: Scorer, rollout: Rollout) -> dict[str, Tensor]:
     """Return the rewards of the image of each sample's predicted clean latent, z - tau v."""
     latents, tau = rollout.anchor, rollout.tau
-    velocity = trainer.learner.frozen_velocity("old", latents, tau, rollout.conditions)
-    images = trainer.learner.generator.decode(latents - per_sample(tau, latents) * velocity.float())
-    score = trainer.auditor.scorer.score
-    return score(images, [trainer.collector.prompts[prompt] for prompt in rollout.prompts])
+    velocity = collector.learner.frozen_velocity("old", latents, tau, rollout.conditions)
+    images = collector.generator.decode(latents - per_sample(tau, latents) * velocity.float())
+    return scorer.score(images, [collector.prompts[prompt] for prompt in rollout.prompts])
 
 
 def shuffled(values: Tensor, generator: torch.Generator) -> Tensor:
@@ -52,30 +55,33 @@ def noised(values: Tensor, generator: torch.Generator) -> Tensor:
     return values + values.std(correction=0) * noise
 
 
-def replace_scores(trainer: Trainer, kind: str) -> None:
-    """Make a trainer score its rollouts as `kind` of KINDS says."""
-    score, seed = trainer.collector.score, trainer.recipe.seed
+def replace_scores(collector: Collector, scorer: Scorer, kind: str, epoch: Callable[[], int]) -> None:
+    """Make a collector score its rollouts as `kind` of KINDS says; `epoch` tells the current one."""
+    score = collector.score
     assert score is not None
 
     def changed(rollout: Rollout) -> dict[str, Tensor]:
         if kind == "tweedie":
-            return tweedie_scores(trainer, rollout)
+            return tweedie_scores(collector, scorer, rollout)
         scores = score(rollout)
-        generator = randomness.at(seed, STREAM, trainer.epoch, rollout.samples[0])
+        generator = randomness.at(collector.seed, STREAM, epoch(), rollout.samples[0])
         change = shuffled if kind == "shuffled" else noised
         return scores | {"total": change(scores["total"], generator)}
 
-    trainer.collector.score = changed
+    collector.score = changed
 
 
 def run(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    require(bool(recipe.rollout.stop_window), "the recipe must stop rollouts early", recipe.rollout.stop_window)
+    require_trust(recipe.code, arguments.trust_code, arguments.recipe)
+    window = recipe.rollout.stop_window
+    require(bool(window), "rollout.stop_window must be set: an ablation is of rollouts that stop early", window)
     hide_loading_bars()
     check_recipe(recipe)
+    set_numerics(bool(recipe.model.deterministic), recipe.model.tf32)
     accelerator = make_accelerator(recipe.timeout)
     trainer = Trainer(recipe, accelerator)
-    replace_scores(trainer, arguments.kind)
+    replace_scores(trainer.collector, trainer.auditor.scorer, arguments.kind, lambda: trainer.epoch)
     trainer.train()
     shutdown(accelerator)
     return 0
@@ -86,6 +92,7 @@ def main() -> int:
     parser.add_argument("recipe", help="a recipe whose rollouts stop early, such as recipes/shapes/stopped.yaml")
     parser.add_argument("kind", choices=KINDS, help="how rollouts are scored instead")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to set, such as epochs=8")
+    add_trust_option(parser)
     arguments = parser.parse_intermixed_args()
     return run_command(lambda: run(arguments))
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from nft.config import Recipe
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.files import content_digest
-from stitchvm_reward.prompts import read_prompts
 
 
-def _of_prompts(source: str, column: str, split: str) -> str:
-    return hashlib.sha256("\0".join(read_prompts(source, column, split)).encode()).hexdigest()
+def _of_prompts(prompts: list[str]) -> str:
+    return hashlib.sha256("\0".join(prompts).encode()).hexdigest()
 
 
 def _of_folder(folder: Path) -> str:
@@ -18,16 +17,12 @@ def _of_folder(folder: Path) -> str:
     return hashlib.sha256("".join(f"{path.name}:{content_digest(path)};" for path in files).encode()).hexdigest()
 
 
-def input_digests(recipe: Recipe) -> dict[str, str]:
+def input_digests(recipe: Recipe, train: list[str], held_out: list[str]) -> dict[str, str]:
     """Return a SHA-256 of the contents of each input by its recipe key; the value models must be there.
 
-    All held-out prompts count, so a continuation may evaluate on more or fewer of them.
+    `train` and `held_out` are all prompts of the recipe, so that a continuation may evaluate on more or fewer of them.
     """
-    prompts = recipe.prompts
-    found = {
-        "prompts.train": _of_prompts(prompts.train, prompts.column, prompts.split),
-        "prompts.held_out": _of_prompts(prompts.held_out, prompts.column, prompts.held_out_split),
-    }
+    found = {"prompts.train": _of_prompts(train), "prompts.held_out": _of_prompts(held_out)}
     values = (reward for reward in recipe.rewards if reward.kind == "value")
     return found | {f"rewards.{reward.name}": _of_folder(Path(reward.value_model).expanduser()) for reward in values}
 

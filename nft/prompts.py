@@ -28,7 +28,7 @@ def epoch_prompts(available: int, groups: int, seed: int, epoch: int) -> list[in
 
 
 def check_prompts(recipe: Recipe) -> tuple[list[str], list[str]]:
-    """Return the training and the held-out prompts.
+    """Return all training and held-out prompts; evaluations take the first `evaluation.samples` of the latter.
 
     Raises InputError where there are too few to evaluate on, or where the cache is too small for one epoch.
     """
@@ -39,8 +39,7 @@ def check_prompts(recipe: Recipe) -> tuple[list[str], list[str]]:
             f"evaluation.samples is {recipe.evaluation.samples} but {recipe.prompts.held_out} holds "
             f"{len(held_out)} prompts; lower evaluation.samples or add prompts"
         )
-    held_out = held_out[: recipe.evaluation.samples]
-    least = (min(len(train), recipe.rollout.groups) + len(held_out)) * bytes_per_prompt(recipe.model)
+    least = (min(len(train), recipe.rollout.groups) + recipe.evaluation.samples) * bytes_per_prompt(recipe.model)
     if least > recipe.prompts.cache_limit * GB:
         raise InputError(
             f"prompts.cache_limit is {recipe.prompts.cache_limit:g} GB, but the prompts of one epoch and the held-out "

@@ -43,9 +43,10 @@ class Trainer:
     def __init__(self, recipe: Recipe, accelerator: Accelerator, ranks: RankSync | None = None):
         self.recipe, self.ranks = recipe, ranks or RankSync(accelerator)
         self.main, self.timings = accelerator.is_main_process, self.ranks.timings
-        prompts, held_out = check_prompts(recipe)
+        prompts, all_held_out = check_prompts(recipe)
+        held_out = all_held_out[: recipe.evaluation.samples]
         build_missing(recipe, self.ranks, tqdm.write)
-        self.inputs = input_digests(recipe)
+        self.inputs = input_digests(recipe, prompts, all_held_out)
         fitted = fit_devices(recipe, self.ranks)
         rollout, train, seed = fitted.rollout, fitted.train, recipe.seed
         scorer = Scorer(recipe.rewards, recipe.evaluation.metrics, accelerator.device)

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from stitchvm_reward.errors import InputError
 NAME_LIMIT = 200  # bytes; file systems take 255, and a staged file's name is longer than its own
 
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]  # several machines may share a folder
+_STAGED = re.compile(rf"\..+\.(?:{_HOST}-)?([0-9]+)\.staged")
 # The mask can only be read by setting it, which is safe once, before there are threads.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
@@ -55,16 +57,17 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _left_behind(folder: Path, name: str) -> list[Path]:
-    """Return the staged files and folders of a name whose processes, on this machine, are gone.
+@cache
+def _sweep(folder: Path) -> None:
+    """Remove what processes of this machine that are gone have staged in a folder, once in a process.
 
-    Those that name no machine are from earlier versions.
+    A cache may hold very many files: the folder is not listed for each of them. Staged files that name no machine are
+    from earlier versions.
     """
-    form = re.compile(rf"\.{re.escape(name)}\.(?:{_HOST}-)?([0-9]+)\.staged")
     with suppress(OSError):  # a folder that cannot be listed
-        found = [(path, form.fullmatch(path.name)) for path in folder.iterdir()]
-        return [path for path, match in found if match and not _at_work(int(match[1]))]
-    return []
+        for path in folder.iterdir():
+            if (match := _STAGED.fullmatch(path.name)) and not _at_work(int(match[1])):
+                _remove(path)
 
 
 def _at_work(process: int) -> bool:
@@ -92,16 +95,17 @@ def staged(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file or folder, which is renamed to `path` at the end; parents are created then.
 
     An existing file or folder of that name is replaced. If the body raises, it is kept and nothing is left behind.
-    What a killed process left of this name is removed. Several processes may write the same name at once; the last one
-    wins. Raises OSError if writing fails.
+    What killed processes left beside it is removed, once in a process. Several processes may write the same name at
+    once; the last one wins. Raises OSError if writing fails.
     """
     nearest = _nearest(path)
     process = os.getpid()
     temporary = nearest / f".{path.name}.{_HOST}-{process}.staged"
-    # A killed process may have had the id of this one, and may have begun when the nearest parent was one further up.
-    own = [temporary, nearest / f".{path.name}.{process}.staged"]
-    for left in [*own, *_left_behind(nearest, path.name), *_left_behind(nearest.parent, path.name)]:
-        _remove(left)
+    # A killed process may have begun when the nearest parent was one further up, and may have had the id of this one.
+    _sweep(nearest)
+    _sweep(nearest.parent)
+    for own in (temporary, nearest / f".{path.name}.{process}.staged"):
+        _remove(own)
     try:
         yield temporary
         usual_mode(temporary)
@@ -134,17 +138,18 @@ def check_writable(path: Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _nan_as_null(content: Any) -> Any:
+def nan_as_null(content: Any) -> Any:
+    """Return content for JSON, which has no numbers that are not finite: they become None."""
     if isinstance(content, dict):
-        return {name: _nan_as_null(value) for name, value in content.items()}
+        return {name: nan_as_null(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_nan_as_null(value) for value in content]
+        return [nan_as_null(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def json_text(content: Any, indent: int | None = None) -> str:
     """Return content as JSON; numbers that are not finite, which JSON does not have, become null."""
-    return json.dumps(_nan_as_null(content), indent=indent, allow_nan=False)
+    return json.dumps(nan_as_null(content), indent=indent, allow_nan=False)
 
 
 def null_as_nan(content: Any) -> Any:

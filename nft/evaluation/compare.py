@@ -20,7 +20,7 @@ from nft.evaluation.targets import Arm, check_comparable, compare_arms
 from stitchvm_reward.bootstrap import CONFIDENCE
 from stitchvm_reward.command import run_command
 from stitchvm_reward.errors import InputError
-from stitchvm_reward.files import check_writable, write_json
+from stitchvm_reward.files import check_writable, nan_as_null, write_json
 from stitchvm_reward.runs.tracking import PHASES
 
 FORMS = {"epoch": ".1f", "seconds": ".1f", "teraflop": ".2f"}
@@ -97,19 +97,12 @@ def table(curves: list[Curve], arms: list[Arm], measure: str, target: float, flo
     return lines + [line for arm in arms for line in arm_lines(arm, arms[0], measure, floor)]
 
 
-def _finite(value: Any) -> Any:
-    """Return a JSON value in which numbers that are infinite or not defined are None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def figures(curves: list[Curve], arms: list[Arm], measure: str, target: float, floor: str | None) -> dict[str, Any]:
     """Return what `table` shows, for a JSON file. An end of an interval that has no limit is None."""
     rows: list[dict[str, Any]] = []
     for arm in arms:
         verdict = None if floor is None else {"measure": floor, "verdict": arm.verdict(floor)}
-        rows.append(_finite(asdict(arm) | {"floor": verdict}))
+        rows.append(nan_as_null(asdict(arm) | {"floor": verdict}))
     return {"target": target, "runs": [run_row(curve, measure, target) for curve in curves], "arms": rows}
 
 

@@ -12,6 +12,7 @@ import torch
 
 from nft import reference
 from nft.inputs import input_digests, require_unchanged
+from nft.prompts import check_prompts
 from stitchvm_reward.diffusion.prompt_cache import PromptCache, load_text_pipeline
 from stitchvm_reward.diffusion.recipe import ModelRecipe
 from stitchvm_reward.errors import InputError
@@ -147,9 +148,9 @@ def test_a_value_model_that_changed_since_the_run_began(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path / "run", *STOPPED[1:], rewards)
     before = trainer.state_dict()["inputs"]
     assert before.keys() == {"prompts.train", "prompts.held_out", "rewards.value"}
-    require_unchanged(trainer.recipe, before, input_digests(trainer.recipe))
+    require_unchanged(trainer.recipe, before, input_digests(trainer.recipe, *check_prompts(trainer.recipe)))
     weights = bytearray((value / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (value / "model.safetensors").write_bytes(weights)
     with pytest.raises(InputError, match=r"the contents of rewards.value \(.*/value\) are not those"):
-        require_unchanged(trainer.recipe, before, input_digests(trainer.recipe))
+        require_unchanged(trainer.recipe, before, input_digests(trainer.recipe, *check_prompts(trainer.recipe)))

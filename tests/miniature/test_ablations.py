@@ -27,7 +27,7 @@ def test_only_the_scores_of_a_run_are_replaced(make_trainer, tmp_path):
     score = trainer.collector.score
     for kind in ablations.KINDS:
         trainer.collector.score = score
-        ablations.replace_scores(trainer, kind)
+        ablations.replace_scores(trainer.collector, trainer.auditor.scorer, kind, lambda: 0)
         after = trainer.collector.collect(0)
         for ours, theirs in zip(after, before, strict=True):
             assert torch.equal(ours.anchor, theirs.anchor)

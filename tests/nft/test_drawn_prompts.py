@@ -37,7 +37,7 @@ def files(folder) -> set:
 def drawn(recipe, epochs) -> set[str]:
     prompts, held_out = check_prompts(recipe)
     chosen = [n for epoch in epochs for n in epoch_prompts(len(prompts), GROUPS, recipe.seed, epoch)]
-    return {*(prompts[n] for n in chosen), *held_out}
+    return {*(prompts[n] for n in chosen), *held_out[: recipe.evaluation.samples]}
 
 
 def limit(recipe, texts: int) -> str:

@@ -16,7 +16,8 @@ from stitchvm_reward.command import run_command
 from stitchvm_reward.errors import InputError
 from stitchvm_reward.runs.tracking import read_metrics
 
-CELL = 42  # width of a run's column
+START = 40  # width of the columns before those of the runs
+CELL = 46  # width of a run's column
 
 
 @dataclass(frozen=True)
@@ -61,22 +62,25 @@ def change(run: Run, name: str) -> str:
 
 def summary_lines(runs: list[Run]) -> list[str]:
     """Return the held-out measures before and after each run, its time per phase, and where its images are."""
-    lines = [f"{'held out':20}{'before':>9} (spread)" + "".join(f"{run.folder.name:>{CELL}}" for run in runs)]
+    title = f"{'held out':20}{'before':>9} (spread)"
+    lines = [f"{title:{START}}" + "".join(f"{run.folder.name:>{CELL}}" for run in runs)]
     for name, before in runs[0].before.items():
         start = f"{name:20}{before.mean():9.3f}  ({before.std(ddof=1):.3f})"
-        lines.append(start + "".join(f"{change(run, name):>{CELL}}" for run in runs))
+        lines.append(f"{start:{START}}" + "".join(f"{change(run, name):>{CELL}}" for run in runs))
     told = f"after (spread) and change [{CONFIDENCE:.0%} interval over prompts]"
-    lines += [f"{'':38}{told:>{CELL * len(runs)}}", ""]
+    lines += [f"{'':{START}}{told:>{CELL * len(runs)}}", ""]
     for phase in dict.fromkeys(phase for run in runs for phase in run.seconds):
         shares = [(run.seconds.get(phase, 0.0), sum(run.seconds.values())) for run in runs]
-        lines.append(f"{phase:38}" + "".join(f"{part:{CELL - 10}.1f} s {part / whole:7.0%}" for part, whole in shares))
+        lines.append(
+            f"{phase:{START}}" + "".join(f"{part:{CELL - 10}.1f} s {part / whole:7.0%}" for part, whole in shares)
+        )
     totals = {
         "total seconds": [f"{sum(run.seconds.values()):.1f}" for run in runs],
         "epochs": [f"{run.epochs}" for run in runs],
         "images per second": [f"{run.images_per_second:.1f}" for run in runs],
         "TFLOP": [f"{run.teraflop:.2f}" for run in runs],
     }
-    lines += [f"{name:38}" + "".join(f"{value:>{CELL}}" for value in values) for name, values in totals.items()]
+    lines += [f"{name:{START}}" + "".join(f"{value:>{CELL}}" for value in values) for name, values in totals.items()]
     return [*lines, "", *(f"images and curves: {run.folder}/before_after.png, curves.png" for run in runs)]
 
 
